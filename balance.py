@@ -1,0 +1,129 @@
+"""How the choice is kept even: every balancing loss, the z-loss, and the loss-free bias.
+
+A router left alone feeds the experts that are already better, and most of them die. Each loss below takes a
+Routing and returns a scalar before its coefficient; fractions that are counted carry no gradient, so the loss
+pushes through the probabilities alone. The normalisers differ from paper to paper, and so do the minima:
+coefficients do not transfer from one loss to another. Losses are per layer; pooling the layers first would
+let one make up for another.
+"""
+import torch
+
+
+def expert_counts(expert, n_expert, keep=None):
+    """Pairs sent to each expert, (P,) -> (E,) float32, without waiting for the host (bincount would)."""
+    ones = torch.ones_like(expert, dtype=torch.float32) if keep is None else keep.float()
+    return torch.zeros(n_expert, device=expert.device).scatter_add_(0, expert, ones)
+
+
+def switch_loss(routing, load, config, shape):
+    """E sum_i f_i P_i, f the share of pairs and P the mean probability (Switch 2101.03961 eq. 4-6). Uniform:
+    1."""
+    return load.numel() * ((load / load.sum()) * routing.probs.mean(0)).sum()
+
+
+def gshard_loss(routing, load, config, shape):
+    """mean_i (c_i / n) m_i, c the first choices and m the mean gate (GShard 2006.16668 alg. 1). Uniform:
+    1/E^2."""
+    first = expert_counts(routing.expert.view(-1, routing.k)[:, 0], load.numel())
+    return ((first / first.sum()) * routing.probs.mean(0)).mean()
+
+
+def cv_squared(x):
+    """Squared coefficient of variation of a vector."""
+    return x.var(correction=0) / (x.mean() ** 2 + 1e-10)
+
+
+def importance_loss(routing, load, config, shape):
+    """CV^2 of the summed gates of each expert (Shazeer 1701.06538 eq. 6-7). Uniform: 0."""
+    return cv_squared(torch.zeros_like(load).scatter_add(0, routing.expert, routing.weight))
+
+
+def load_loss(routing):
+    """CV^2 of the smooth load (Shazeer 1701.06538 eq. 11); 0 in evaluation, where no noise is drawn. Uniform:
+    0."""
+    smooth = routing.smooth_load
+    return routing.weight.new_zeros(()) if smooth is None else cv_squared(smooth)
+
+
+def btx_loss(routing, load, config, shape):
+    """E sum_i u_i p_i, u the mean gate of expert i and p its mean probability (BTX 2403.07816 sec. 3.2).
+    Uniform: 1 where gates sum to 1. u is not a count, so both factors carry a gradient."""
+    n = routing.probs.shape[0]
+    u = torch.zeros_like(load).scatter_add(0, routing.expert, routing.weight) / n
+    return load.numel() * (u * routing.probs.mean(0)).sum()
+
+
+def per_sequence(routing, shape):
+    """f (B, E) = E / (k T) counts and P (B, E) = mean probability, of each sequence by itself."""
+    (B, T), E, k = shape, routing.probs.shape[-1], routing.k
+    counts = torch.zeros(B, E, device=routing.expert.device)
+    counts.scatter_add_(1, routing.expert.view(B, T * k), torch.ones(B, T * k, device=counts.device))
+    return counts * (E / (k * T)), routing.probs.view(B, T, E).mean(1)
+
+
+def deepseek_loss(routing, load, config, shape):
+    """sum_i f_i P_i for every sequence, then their mean (DeepSeekMoE 2401.06066 eq. 12-14; V2 2405.04434 eq.
+    23-25). Uniform: 1. A mean over experts in place of the sum would weaken it E times, and routing collapses
+    quietly."""
+    f, P = per_sequence(routing, shape)
+    return (f * P).sum(-1).mean()
+
+
+def device_loss(routing, config, shape):
+    """The same over groups: f' the mean f and P' the sum of P in a group (DeepSeek-V2 eq. 26-28). Uniform:
+    1."""
+    f, P = (t.unflatten(-1, (config.n_groups, -1)) for t in per_sequence(routing, shape))
+    return (f.mean(-1) * P.sum(-1)).sum(-1).mean()
+
+
+def comm_loss(routing, config, shape):
+    """sum_j f''_j P''_j, f'' = D / (M T) tokens sent to group j (DeepSeek-V2 eq. 29-31). Uniform: 1 where
+    every token uses exactly M groups."""
+    (B, T), D = shape, config.n_groups
+    group = routing.expert.view(B, T, -1) // (routing.probs.shape[-1] // D)                       # (B, T, k)
+    sent = torch.zeros(B, T, D, device=group.device).scatter_(-1, group, 1.0)
+    f = sent.sum(1) * (D / (config.topk_groups * T))
+    P = routing.probs.view(B, T, D, -1).sum(-1).mean(1)
+    return (f * P).sum(-1).mean()
+
+
+def z_loss(routing):
+    """mean over tokens of logsumexp(z)^2, which keeps logits small (ST-MoE 2202.08906 eq. 5)."""
+    return routing.logits.logsumexp(-1).square().mean()
+
+
+LOSSES = dict(switch=switch_loss, gshard=gshard_loss, importance_load=importance_loss, btx=btx_loss,
+              deepseek=deepseek_loss, loss_free=deepseek_loss)
+
+
+def auxiliary_losses(routing, load, config, shape):
+    """(aux, balance, z): what enters the objective with its coefficients, and the two losses before them.
+
+    load (E,) is what was sent before any capacity limit; shape = (B, T). loss_free adds the sequence loss of
+    DeepSeek-V3 with whatever coefficient balance_loss gives (its own: 0.0001).
+    """
+    zero = torch.zeros((), device=load.device)
+    balance = z = zero
+    if config.balance != "none":
+        balance = LOSSES[config.balance](routing, load, config, shape)
+    aux = config.balance_loss * balance
+    if config.balance == "importance_load":
+        aux = aux + config.load_loss * load_loss(routing)
+    if config.balance == "deepseek" and config.device_loss:
+        aux = aux + config.device_loss * device_loss(routing, config, shape)
+    if config.balance == "deepseek" and config.comm_loss:
+        aux = aux + config.comm_loss * comm_loss(routing, config, shape)
+    if config.z_loss:
+        z = z_loss(routing)
+        aux = aux + config.z_loss * z
+    return aux, balance, z
+
+
+@torch.no_grad()
+def update_bias(bias, load, rate):
+    """Loss-free balancing (2408.15664 alg. 1): b_i += u sign(mean load - load_i), in place.
+
+    `load` (E,) must come from the batch just finished, all micro-steps and processes together: the bias of
+    the present batch would tell a token what later tokens chose.
+    """
+    bias += rate * torch.sign(load.mean() - load)

@@ -1,0 +1,48 @@
+"""What every source of text hands to prepare.py."""
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus is a stream of texts per split, and enough about itself to know when it must be prepared anew.
+
+    Texts are cut wherever that suits their source: what is trained on is their concatenation. A source of
+    symbols (markov) yields arrays of token ids instead and brings its own tokenizer.
+    """
+    name: str
+    documents: Callable[[str], Iterator]    # "train" or "val" -> texts; generated corpora never end
+    source: str                             # what it is made from; another value here means: prepare it again
+    size: int                               # bytes of training text, roughly; how many to make if generated
+    unit: str = ""                          # what one text is (files, problems ...), if it is anything
+    generated: bool = False
+    tokenizer: object = None                # a source of symbols: the Tokenizer whose ids it yields
+    floor: Callable[[], float] | None = None    # nats per token that no model gets below, where that is known
+    path: Path | None = None                # the user's file or folder, if it was made from one
+
+
+def short_hash(*values, digits=12):
+    """A few hexadecimal digits that stand for these values, the same in every process."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:digits]
+
+
+def split_of(name, share=0.1):
+    """"train" or "val" for a file, by its name alone: the same on every machine, whatever files lie beside
+    it."""
+    draw = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4], "big") / 2**32
+    return "val" if draw < share else "train"
+
+
+def titled(name, text):
+    """One file among several in a corpus: a comment line with its name, its text, and a line's end in any
+    case."""
+    name = name.encode("utf-8", "replace").decode()
+    return f"# {name}\n{text}" + ("" if text.endswith("\n") else "\n")
+
+
+def note(text):
+    """Something that the user should know and that stops nothing: one line on stderr, --quiet or not."""
+    print(f"note: {text}", file=sys.stderr)

@@ -1,0 +1,221 @@
+"""Text to token ids and back. One class; the kinds differ in their tokens and in how text is cut into them.
+
+    byte   the 256 bytes: no training, nothing is ever unknown, the sequences are long char   the characters
+    of the corpus, sorted, as in nanoGPT's Shakespeare; a character it never saw is an error bpe    byte-pair
+    encoding trained on the corpus (bpe.py), run by tiktoken gpt2   GPT-2's own 50,257 tokens, from the file
+    that tiktoken downloads or has in its cache
+
+Every token is a string of bytes, so decoding is joining, whatever the kind, and a byte count for bits per
+byte is a sum of token lengths. byte, bpe and gpt2 are lossless for every valid text: what they cannot merge
+they spell in bytes.
+"""
+import hashlib
+import json
+import os
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from data.binfile import DataError, replacing
+from data.bpe import PATTERN
+
+GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+PIECE = 1 << 16         # characters that tiktoken gets at a time: enough for its threads, little memory
+
+
+class Tokenizer:
+    """kind, and tokens: a list of bytes, the id is the position. Make one with byte(), from_chars(),
+    from_bpe(), gpt2() or load(). `fingerprint` is a short hash of all that decides the ids: equal
+    fingerprints, equal ids."""
+
+    def __init__(self, kind, tokens, pattern=PATTERN):
+        self.kind, self.tokens, self.pattern = kind, tokens, pattern
+        self.vocab_size = len(tokens)
+        self.name = f"bpe{len(tokens)}" if kind == "bpe" else kind
+        if kind == "char":
+            codes = np.array([ord(token.decode()) for token in tokens])
+            self._ids = np.full(codes.max() + 2, -1, np.int32)      # code point -> id; the last stays -1
+            self._ids[codes] = np.arange(len(codes))
+        elif kind in ("bpe", "gpt2"):
+            # <|endoftext|> keeps its id as a token, but no text is ever read as it: users' text stays text
+            ranks = {token: rank for rank, token in enumerate(tokens) if token != b"<|endoftext|>"}
+            self._encoding = tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks,
+                                               special_tokens={})
+        plain = json.dumps(self._plain(), sort_keys=True)
+        self.fingerprint = hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+    # --- making one ---
+
+    @classmethod
+    def byte(cls):
+        return cls("byte", [bytes([byte]) for byte in range(256)])
+
+    @classmethod
+    def from_chars(cls, chars):
+        """chars: an iterable of the characters that the texts hold; sorted here."""
+        return cls("char", [char.encode() for char in sorted(set(chars))])
+
+    @classmethod
+    def from_bpe(cls, tokens):
+        """tokens: the list that bpe.train_bpe returns."""
+        return cls("bpe", tokens)
+
+    @classmethod
+    def gpt2(cls, patience=30):
+        """GPT-2's tokenizer. Raises DataError with the remedy when its file cannot be had within `patience`
+        seconds."""
+        encoding = fetch_gpt2(patience)
+        tokens = [encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab)]
+        return cls("gpt2", tokens, encoding._pat_str)
+
+    # --- using it ---
+
+    def encode(self, text):
+        """The token ids of a text as a list. Raises DataError for a character that a char tokenizer has never
+        seen."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text):
+        """The same as an integer array: what whole corpora go through (10 MB in about a second)."""
+        try:
+            raw = text.encode("utf-32-le" if self.kind == "char" else "utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text holds something that is not valid Unicode at character {error.start}; "
+                            "give it as UTF-8") from None
+        if self.kind == "byte":
+            return np.frombuffer(raw, np.uint8)
+        if self.kind == "char":
+            codes = np.frombuffer(raw, "<u4")
+            ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
+            if (ids < 0).any():
+                self._refuse(text, ids)
+            return ids
+        pieces = list(split_pieces(text, PIECE))
+        parts = self._encoding.encode_ordinary_batch(pieces, num_threads=min(8, os.cpu_count() or 1))
+        return np.concatenate([np.array(part, np.int32) for part in parts] or [np.empty(0, np.int32)])
+
+    def _refuse(self, text, ids):
+        unknown = sorted({text[i] for i in np.flatnonzero(ids < 0)})
+        named = [f"{char!r} (U+{ord(char):04X})" for char in unknown[:5]] + ["..."] * (len(unknown) > 5)
+        raise DataError(f"the char tokenizer has never seen {', '.join(named)}: it knows the {self.vocab_size} "
+                        "characters of its corpus; leave these out, or prepare the corpus with --tokenizer byte or bpe")
+
+    def decode_bytes(self, ids):
+        """The bytes that the ids stand for; a part of a token sequence need not be whole characters. Raises
+        DataError."""
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise DataError(f"token {i} is not one of the {self.vocab_size} that this tokenizer has: "
+                                "was the model made for another one?")
+        return b"".join(self.tokens[i] for i in ids)
+
+    def decode(self, ids):
+        """The text that the ids stand for, with U+FFFD where the bytes are no whole character."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def token_lengths(self):
+        """(vocab_size,) int32: bytes of each token. loss in nats / ln 2 * tokens / bytes = bits per byte."""
+        return np.array([len(token) for token in self.tokens], np.int32)
+
+    # --- keeping it ---
+
+    def _plain(self):
+        if self.kind == "byte":
+            return {"kind": "byte"}
+        if self.kind == "char":
+            return {"kind": "char", "chars": b"".join(self.tokens).decode()}
+        # bytes as characters 0 to 255: legible where the token is ASCII, and exact
+        tokens = [token.decode("latin-1") for token in self.tokens]
+        return {"kind": self.kind, "pattern": self.pattern, "tokens": tokens}
+
+    def to_dict(self):
+        """Everything as JSON-able values: it travels in tokenizer.json beside the data and in every
+        checkpoint."""
+        return {**self._plain(), "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_dict(cls, plain):
+        """The tokenizer that to_dict described. Raises DataError unless it is exactly that one (the
+        fingerprint tells)."""
+        try:
+            if plain["kind"] == "byte":
+                tokenizer = cls.byte()
+            elif plain["kind"] == "char":
+                tokenizer = cls("char", [char.encode() for char in plain["chars"]])
+            elif plain["kind"] in ("bpe", "gpt2"):
+                tokens = [token.encode("latin-1") for token in plain["tokens"]]
+                tokenizer = cls(plain["kind"], tokens, plain["pattern"])
+            else:
+                raise KeyError(f"kind {plain['kind']!r}")
+            if (tokenizer.fingerprint, tokenizer.vocab_size) != (plain["fingerprint"], plain["vocab_size"]):
+                raise ValueError("its content does not fit its fingerprint")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"not a valid tokenizer ({error})") from error
+        return tokenizer
+
+    def save(self, path):
+        """Writes tokenizer.json atomically."""
+        with replacing(path) as file:
+            file.write(json.dumps(self.to_dict(), indent=0).encode())
+
+    @classmethod
+    def load(cls, path):
+        """Reads tokenizer.json. Raises DataError, naming the file and the remedy, when it is missing or
+        damaged."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
+        except (OSError, ValueError) as error:      # DataError, broken JSON and broken UTF-8 are ValueErrors
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{path}: cannot be used as a tokenizer: {reason}; "
+                            "prepare the corpus again: python data/prepare.py NAME --force") from error
+
+
+def split_pieces(text, size):
+    """Cuts a text into pieces of about `size` characters whose tokens, one after the other, are those of the
+    whole text.
+
+    The cuts lie between a visible character and the white space after it, where every pattern of ours ends a
+    word. A stretch without any such place stays whole.
+    """
+    start = 0
+    while len(text) - start > size:
+        cut = next_cut(text, start + size)
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def next_cut(text, at):
+    """The first place from `at` on where the text may be cut (see split_pieces), else its end."""
+    found = re.compile(r"(?<=\S)[ \t\r\n]").search(text, at)
+    return found.start() if found else len(text)
+
+
+def fetch_gpt2(patience):
+    """tiktoken's GPT-2 encoding. Its download has no time limit of its own, so it runs in a thread that we
+    need not await."""
+    result = {}
+
+    def fetch():
+        try:
+            result["encoding"] = tiktoken.get_encoding("gpt2")
+        except Exception as error:
+            result["error"] = error
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(patience)
+    if "encoding" in result:
+        return result["encoding"]
+    reason = type(result["error"]).__name__ if "error" in result else f"no answer in {patience} s"
+    files = [(GPT2_FILES + name, hashlib.sha1((GPT2_FILES + name).encode()).hexdigest())
+             for name in ("vocab.bpe", "encoder.json")]
+    raise DataError(f"tiktoken could not get GPT-2's tokenizer ({reason}); download "
+                    + " and ".join(f"{address} as {name}" for address, name in files)
+                    + " into one folder and set the environment variable TIKTOKEN_CACHE_DIR to it, "
+                      "or choose --tokenizer bpe, which needs no download")

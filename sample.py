@@ -1,0 +1,325 @@
+"""Text from a trained model, token by token: python sample.py RUN_DIR.
+
+Before the text it says (on stderr) which models this one was made from, if any, and what its router looks at
+beside a token's own past. --show-experts marks every token with the expert that one layer sent it to.
+
+Decisions:
+- The window is what the model reads to draw the next token, at first the prompt. When it is longer than
+  block_size, only its last block_size // 2 tokens stay and are read again from position 0. The rule looks at
+  lengths alone: with and without the cache, generation sees the same windows and draws the same tokens, past
+  the block too. A long prompt falls under it as well: a full block would be read again one token later.
+- Both ways run in generation mode (the model is given a cache): no capacity limit, and expert choice takes
+  every token's own best scores, because the tokens that it would choose among are not there.
+- Tokens are drawn on the CPU in float64, each sequence from a generator seeded with seed + index: a text
+  depends neither on the device nor on --num, except where logits that differ in their last bits tip a draw.
+"""
+import codecs
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoint import CheckpointError, load_model
+from config import ROUTERS, ConfigError, Parser, fail, parse, sparse_layers
+from data.binfile import DataError
+from routers import Stats
+
+# What a terminal would obey, as visible signs: an untrained byte model writes escape codes too.
+CONTROLS = {i: 0x2400 + i for i in range(32)} | {127: 0x2421} | {i: 0xFFFD for i in range(128, 160)}
+PLAIN = {i: sign for i, sign in CONTROLS.items() if chr(i) not in "\t\n"}
+MARKED = CONTROLS | {ord("\t"): "⇥", ord("\n"): "↵\n"}              # a sign to colour, then the line's end
+# Okabe and Ito's eight colours, the nearest of xterm's 256, as backgrounds under black or white text: legible
+# on dark and light terminals, and as many as a colour-blind reader can tell apart. The next 8 are underlined.
+COLOURS, WHITE_TEXT = (214, 74, 36, 227, 25, 166, 175, 240), (25, 240)
+MARKS = 2 * len(COLOURS)
+
+
+class Step(NamedTuple):
+    """One new token for each sequence."""
+    ids: Tensor                 # (B,)
+    stats: list[Stats]          # per layer, of the tokens read to draw `ids`, up to the one before them
+
+
+@torch.no_grad()
+def generate(model, prompt_ids, tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, cache=True,
+             vocab_size=None):
+    """Yields `tokens` Steps. model: a GPT in evaluation mode; prompt_ids (B, T) on its device, T at least 1.
+
+    generator: a list of B CPU torch.Generators, or one for all (None: torch's own). cache=False reads the
+    window anew for every token: slow, the same tokens. vocab_size: draw smaller ids only, where the tokenizer
+    has fewer than the model's table. Raises CheckpointError when the logits are not finite.
+    """
+    block = model.config.model.block_size
+    window, kv = prompt_ids, None
+    for _ in range(tokens):
+        if window.shape[1] > block:
+            window, kv = window[:, -max(block // 2, 1):], None
+        if kv is None or not cache:
+            kv = model.new_cache(window.shape[0])
+        out = model(window[:, kv.length:], cache=kv)                                    # what the cache lacks
+        probs = next_probs(out.logits[:, -1, :vocab_size], temperature, top_k, top_p)   # (B, V)
+        ids = draw(probs, generator).to(window.device)                                  # (B,)
+        yield Step(ids, out.stats)
+        window = torch.cat([window, ids.unsqueeze(1)], 1)
+
+
+def next_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The distribution to draw from: logits (B, V) -> (B, V) float64 on the CPU, rows sum to 1.
+
+    softmax(logits / temperature); of that the top_k likeliest tokens (0: all); of these the fewest likeliest
+    that hold top_p of the rest (nucleus, Holtzman et al. 1904.09751 sec. 3.1). Temperature 0: the likeliest.
+    """
+    logits = logits.cpu().double()                          # in this order: not every device has float64
+    if not logits.isfinite().all():
+        raise CheckpointError("the model's logits are not finite: training diverged or the weights are bad; "
+                              "take an earlier checkpoint, or train with a lower train.lr")
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+    logits = logits - logits.max(-1, keepdim=True).values   # at most 0: no temperature makes infinity of it
+    probs = (logits / temperature).softmax(-1)
+    if not top_k and top_p == 1:
+        return probs
+    p, ids = probs.sort(dim=-1, descending=True, stable=True)  # of equal ones the lower id first
+    if top_k:
+        p[:, top_k:] = 0
+        p = p / p.sum(-1, keepdim=True)
+    if top_p < 1:
+        likelier = p.cumsum(-1) - p                         # mass before each: 0 for the first, which stays
+        p[likelier >= top_p] = 0
+    return torch.zeros_like(p).scatter(-1, ids, p / p.sum(-1, keepdim=True))
+
+
+def draw(probs, generator=None):
+    """One id per row, (B, V) -> (B,). Row by row: a row's draws must not move with the number of rows."""
+    generators = generator if isinstance(generator, list) else [generator] * len(probs)
+    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)])
+
+
+def seeded(seed, num=1):
+    """The generators of `num` sequences: sequence i of seed s draws like sequence 0 of seed s + i."""
+    return [torch.Generator().manual_seed(seed + i) for i in range(num)]
+
+
+def encode_prompt(tokenizer, prompt):
+    """Ids of a prompt, never none: the empty one starts from a line's end, or from id 0 where the tokenizer
+    has none. Raises DataError for characters that the tokenizer has never seen."""
+    try:
+        return tokenizer.encode(prompt or "\n")
+    except DataError:
+        if prompt:
+            raise
+        return [0]
+
+
+def sample_text(model, tokenizer, prompt="", tokens=200, temperature=0.8, seed=0, top_k=0, top_p=1.0):
+    """The prompt and its continuation as one text. Leaves the model's mode and torch's own generators as they
+    were: a sample in the middle of training changes nothing."""
+    training, device = model.training, next(model.parameters()).device
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
+    model.eval()
+    try:
+        steps = generate(model, ids, tokens, temperature, top_k, top_p, seeded(seed),
+                         vocab_size=tokenizer.vocab_size)
+        return prompt + tokenizer.decode([int(step.ids) for step in steps])
+    finally:
+        model.train(training)
+
+
+def plain_pieces(steps, tokenizer, prompt, num, table):
+    """Yields lists of `num` texts, the prompt and then what each step adds. Bytes that are not yet a whole
+    character wait for the rest of it; what never becomes one is U+FFFD. table: for str.translate."""
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num)]
+    yield [prompt.translate(table)] * num
+    for step in steps:
+        new = [d.decode(tokenizer.decode_bytes([i])) for d, i in zip(decoders, step.ids.tolist())]
+        yield [text.translate(table) for text in new]
+    yield [d.decode(b"", final=True) for d in decoders]
+
+
+class Marker:
+    """Marks tokens with the experts that `layer` sent them to, in colour or as [3]token; counts them."""
+
+    def __init__(self, layer, colour):
+        self.layer, self.colour, self.counts, self.n_expert = layer, colour, Counter(), 0
+
+    def pieces(self, steps, tokenizer, prompt_ids):
+        """Like plain_pieces. The prompt's tokens are marked too: they are routed like all others, and there
+        one knows what to expect. A token's expert is known once it is read, so the last Step shows none."""
+        ids = prompt_ids                                                # (B, T) tokens that a step reads
+        for step in steps:
+            stats = step.stats[self.layer]
+            self.n_expert = stats.load.numel()
+            read = min(ids.shape[1], stats.top_expert.shape[1])         # below T: a prompt beyond the block
+            rows = list(zip(ids.tolist(), stats.top_expert[:, -read:].tolist()))
+            yield [tokenizer.decode(row[:-read])
+                   + "".join(self.mark(tokenizer.decode_bytes([i]), e) for i, e in zip(row[-read:], experts))
+                   for row, experts in rows]
+            self.counts.update(e for _, experts in rows for e in experts)
+            ids = step.ids.unsqueeze(1)
+
+    def mark(self, token, expert):
+        """A token's bytes, marked. White space is made visible; bytes that are no character are \\xNN."""
+        text = token.decode("utf-8", "backslashreplace").translate(MARKED)
+        if not self.colour:
+            return f"[{expert}]{text.replace(' ', '␣')}"
+        return "\n".join(line and self.paint(line, expert) for line in text.split("\n"))
+
+    def paint(self, text, expert):
+        """Text on its expert's colour. Where experts outnumber the marks, neighbours share one: in PEER those
+        of near first sub-keys, in a fine-grained layer the slices of one expert."""
+        mark = expert if self.n_expert <= MARKS else expert * MARKS // self.n_expert
+        underline, colour = "4;" if mark >= len(COLOURS) else "", COLOURS[mark % len(COLOURS)]
+        return f"\x1b[{underline}38;5;{231 if colour in WHITE_TEXT else 16};48;5;{colour}m{text}\x1b[0m"
+
+    def legend(self):
+        """Which mark is which expert, and its share of the tokens; of many experts the most frequent ones."""
+        total, E, many = self.counts.total(), self.n_expert, self.n_expert > MARKS
+        shown = self.counts.most_common(MARKS) if many else [(e, self.counts[e]) for e in range(E)]
+        items = [f"{self.paint(f' {e} ', e) if self.colour else f'[{e}]'} {n / total:.0%}" for e, n in shown]
+        head = (f"layer {self.layer}, the expert of largest weight: {len(self.counts)} of {E} experts for "
+                f"{total} tokens" + (f"; the {len(items)} most frequent" if many else ""))
+        return "\n".join([head, *("  ".join(items[i:i + 8]) for i in range(0, len(items), 8))])
+
+
+def remarks(config, header):
+    """Lines about the model that a reader of its text should know."""
+    f, ancestry, found = config.ffn, header.get("ancestry"), []
+    if ancestry and not (isinstance(ancestry, dict) and not ancestry.get("parents")):
+        found.append(f"made by: {lineage(ancestry)}")
+    if f.kind != "moe":
+        return found
+    if label := re.search(r"\[(.*)\]", ROUTERS[f.router]):
+        own = "; sampling takes each token's own best scores instead" if f.router == "expert_choice" else ""
+        found.append(f"router {f.router}: {label[1]}{own}")
+    if f.router == "domain":
+        found.append("router domain: a sampled text has no label, all experts are mixed with equal weight")
+    if f.eval_capacity_factor:
+        found.append(f"ffn.eval_capacity_factor = {f.eval_capacity_factor}: in evaluation the sequences of a "
+                     "batch compete for slots; sampling has no limit and drops nothing")
+    return found
+
+
+def lineage(value):
+    """An ancestry as one line: what was done, with what settings, and in brackets to what."""
+    if isinstance(value, list):
+        return ", ".join(map(lineage, value))
+    if not isinstance(value, dict):
+        return " ".join(str(value).split())
+    own = [f"{k}={lineage(v)}" for k, v in value.items() if k not in ("kind", "parents")]
+    parents = [f"[{lineage(value['parents'])}]"] if value.get("parents") else []
+    return " ".join([str(value.get("kind", "model")), *own, *parents])
+
+
+def build_parser():
+    parser = Parser(prog="sample.py", description=__doc__.split("\n\nDecisions")[0])
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run folder of a trained model")
+    for name, default, meta, meaning in [
+            ("prompt", "", "TEXT", "text to continue; empty: start on a new line"),
+            ("tokens", 300, "N", "tokens to generate"),
+            ("temperature", 0.8, "T", "divides the logits; 0: always the likeliest token"),
+            ("top_k", 0, "K", "draw among the K likeliest tokens; 0: among all"),
+            ("top_p", 1.0, "P", "draw among the fewest tokens that hold P of the probability, after top_k"),
+            ("seed", 0, "S", "text number i is drawn with seed S + i"),
+            ("num", 1, "N", "texts to generate, as one batch")]:
+        parser.add_argument(f"--{name}", metavar=meta, type=type(default), default=default,
+                            help=f"{meaning} (default: {default if default != '' else 'empty'})")
+    parser.add_argument("--show-experts", metavar="LAYER", nargs="?", const="last",
+                        help="mark every token with the expert that this layer, counted from 0, sent it to: "
+                             "colours on a terminal, [3]token elsewhere or with NO_COLOR set (default: off; "
+                             "without LAYER the last sparse layer)")
+    parser.add_argument("--no-cache", action="store_true",
+                        help="read the whole window for every token: slow, the same text (default: off)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+                        help="auto takes cuda, then mps, then cpu (default: auto)")
+    return parser
+
+
+def check(o):
+    """Raises ConfigError for an option outside its range."""
+    for fine, name, rule in [
+            (o.tokens >= 1, "tokens", "at least 1"), (o.num >= 1, "num", "at least 1"),
+            (0 <= o.temperature < math.inf, "temperature", "at least 0 and finite"),
+            (o.top_k >= 0, "top_k", "at least 0"), (0 < o.top_p <= 1, "top_p", "above 0 and at most 1"),
+            (0 <= o.seed < 2**62, "seed", "at least 0 and below 2^62")]:
+        if not fine:
+            raise ConfigError(f"--{name} {getattr(o, name)} must be {rule}")
+
+
+def pick_device(name):
+    """A device that is there. Raises ConfigError."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(d for d, ok in there.items() if ok) if name == "auto" else name
+    if not there[name]:
+        raise ConfigError(f"--device {name} is not available here; use auto or cpu")
+    return name
+
+
+def pick_layer(text, config):
+    """The sparse layer that --show-experts names. Raises ConfigError."""
+    sparse = sparse_layers(config)
+    if not sparse:
+        raise ConfigError("--show-experts: every layer of this model is dense, it has no experts to show")
+    if text != "last" and not (text.isdecimal() and int(text) in sparse):
+        raise ConfigError(f"--show-experts {text}: the sparse layers are {', '.join(map(str, sparse))}")
+    return sparse[-1] if text == "last" else int(text)
+
+
+def run(o):
+    """Loads, generates, prints."""
+    check(o)
+    device, terminal = pick_device(o.device), sys.stdout.isatty()
+    model, config, tokenizer, header = load_model(o.run_dir, device)
+    colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    marker = None if o.show_experts is None else Marker(pick_layer(o.show_experts, config), colour)
+    ids, block = encode_prompt(tokenizer, o.prompt), config.model.block_size
+    for remark in remarks(config, header):
+        print(remark, file=sys.stderr)
+    if len(ids) > block:
+        print(f"the prompt has {len(ids)} tokens, model.block_size is {block}: its last {max(block // 2, 1)} "
+              "are read", file=sys.stderr)
+    prompt_ids = torch.tensor([ids] * o.num, device=device)
+    start, extra = time.perf_counter(), 1 if marker else 0          # the last token is read by one step more
+    steps = generate(model, prompt_ids, o.tokens + extra, o.temperature, o.top_k, o.top_p,
+                     seeded(o.seed, o.num), not o.no_cache, tokenizer.vocab_size)
+    pieces = (marker.pieces(steps, tokenizer, prompt_ids) if marker else
+              plain_pieces(steps, tokenizer, o.prompt, o.num, PLAIN if terminal else {}))
+    if o.num == 1:                                                  # as it comes
+        for (piece,) in pieces:
+            print(piece, end="", flush=True)
+        print()
+    else:                                                           # each whole, under its number
+        for i, text in enumerate(map("".join, zip(*pieces))):
+            print(f"--- {i} ---\n{text}")
+    if marker:
+        print(marker.legend())
+    sys.stdout.flush()
+    n, seconds = o.tokens * o.num, time.perf_counter() - start
+    print(f"{n} tokens in {seconds:.2f} s, {n / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+def main(argv=None):
+    """The program; returns its exit status."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a terminal that is not UTF-8 gets question marks
+    try:
+        run(parse(build_parser(), argv)[0])
+    except (ConfigError, CheckpointError, DataError) as e:
+        return fail(e)
+    except KeyboardInterrupt:
+        print()
+        return 130                                      # as shells report a process that SIGINT ended
+    except BrokenPipeError:                             # the reader, such as `head`, has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
