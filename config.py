@@ -248,9 +248,9 @@ def find_field(key, source):
 
 def nearest(word, known):
     """", did you mean X?" for the known name nearest to a misspelt one, else an empty text."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    if not found and "." in word:                       # right name, wrong section
-        found = [k for k in known if k.split(".")[-1] == word.split(".")[-1]]
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.8)
+    found = found or [k for k in known if "." in word and k.endswith("." + word.split(".")[-1])]     # another section's
+    found = found or difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
@@ -321,8 +321,8 @@ def load_config(path=None, overrides=()):
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
-            known = [str(p) for p in sorted(Path(path).parent.glob("*.toml"))]
-            raise ConfigError(f"{path}: no such config file{nearest(str(path), known)}") from None
+            known = [p.name for p in sorted(Path(path).parent.glob("*.toml"))]
+            raise ConfigError(f"{path}: no such config file{nearest(Path(path).name, known)}") from None
         except (OSError, UnicodeDecodeError) as e:
             raise ConfigError(f"{path}: cannot be read as a config: {e}") from None
         config = Config.from_dict(parse_toml(text, path), str(path))

@@ -27,7 +27,7 @@ def row_blocks(d, rows):
 
 def gather_rows(W, idx, dtype):
     """u, v (T, R, d): exactly what the kernels never hold."""
-    return W.index_select(0, idx.flatten()).view(*idx.shape, 2, -1).to(dtype).unbind(2)
+    return W.index_select(0, idx.flatten()).view(*idx.shape, *W.shape[1:]).to(dtype).unbind(2)
 
 
 # ---- forward ----
@@ -257,15 +257,18 @@ def _product_key_topk_kernel(Q, KEYS, SCORES, INDICES, T, HALVES, N: tl.constexp
     22 bits of each factor; without them the dot product would cost twice what the selection does.
     Traffic: q once; the keys once per program, from L2. The passes decide the time: 8K operations a score."""
     token, half = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1)
-    row, col, live = token[:, None] * HALVES + half, tl.arange(0, BLOCK_D), (token < T)[:, None]
+    row, live = token[:, None] * HALVES + half, (token < T)[:, None]
     rank, lowest = tl.arange(0, BLOCK_K)[None, :], float("-inf")
-    q = tl.load(Q + row * D + col, mask=live & (col < D)[None, :], other=0.0)
     best, index = tl.full([BLOCK_T, BLOCK_K], lowest, tl.float32), tl.full([BLOCK_T, BLOCK_K], N, tl.int32)
     for start in tl.range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        keys = KEYS + ((half % 2) * N + n)[:, None] * D + col
-        keys = tl.load(keys, mask=(n < N)[:, None] & (col < D)[None, :], other=0.0)
-        score, n = tl.dot(q, tl.trans(keys), input_precision="tf32x3"), n[None, :]
+        n, score = start + tl.arange(0, BLOCK_N), tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        for first_col in tl.range(0, D, BLOCK_D):  # in pieces: shared memory holds any d
+            col = first_col + tl.arange(0, BLOCK_D)
+            q = tl.load(Q + row * D + col, mask=live & (col < D)[None, :], other=0.0)
+            keys = KEYS + ((half % 2) * N + n)[:, None] * D + col
+            keys = tl.load(keys, mask=(n < N)[:, None] & (col < D)[None, :], other=0.0)
+            score = tl.dot(q, tl.trans(keys), score, input_precision="tf32x3")
+        n = n[None, :]
         score = tl.where((n < N) & (score == score), score, lowest)  # a NaN must not become a bad index
         old, old_index = best, index
         for j in tl.range(K):
@@ -292,7 +295,7 @@ def product_key_topk(q, keys, k, kernel=None):
     scores = torch.empty(T, heads, 2, k, dtype=torch.float32, device=q.device)
     indices = torch.empty_like(scores, dtype=torch.int32)
     if T:  # 64 x 128 scores on 4 warps: 64 registers a thread, and 4 threads of one warp share a row
-        blocks = 64, max(128, power_of_2(k)), max(16, power_of_2(d)), power_of_2(k)  # tl.dot wants 16 or more
+        blocks = 64, max(128, power_of_2(k)), 32 if d > 16 else 16, power_of_2(k)
         _product_key_topk_kernel[(ceil_div(T, 64), 2 * heads)](
             q, keys, scores, indices, T, 2 * heads, n, d, k, *blocks, num_warps=4)
     return scores, indices

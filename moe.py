@@ -131,15 +131,15 @@ class GroupedExperts(torch.autograd.Function):
 
     Saves x, the pre-activation, the gates and the order; the gathered rows and the activation are made again
     in backward. Written as a Function because autograd would also keep both of them and the activation's
-    parts: 3.6 times the memory (T2048 d256 n128 E32 k4, see lab/bench.py moe). With `fused`, rows move
-    through the Triton kernels.
+    parts: 3.6 times the memory (T2048 d256 n128 E32 k4, see lab/bench.py moe). With `fused`, the Triton
+    kernels move the rows and apply the activation; without, no Triton is involved.
     """
 
     @staticmethod
     def forward(ctx, x, w_in, w_out, gate, order, token, offsets, k, activation, fused):
-        rows = permute(x, order, k) if fused else x.index_select(0, token)                 # (P, d)
+        rows = gather(x, order, token, k, fused)                                           # (P, d)
         h = F.grouped_mm(rows, w_in.transpose(1, 2), offs=offsets)                         # (P, n or 2n)
-        a = gated_activation(h, gate, activation)                                          # (P, n), weighted
+        a = gated_activation(h, gate, activation, kernel(fused))                           # (P, n), weighted
         y = combine(F.grouped_mm(a, w_out.transpose(1, 2), offs=offsets), x.shape[0], order, token, k, fused)
         ctx.save_for_backward(x, w_in, w_out, gate, order, token, offsets, h)
         ctx.k, ctx.activation, ctx.fused = k, activation, fused
@@ -150,11 +150,11 @@ class GroupedExperts(torch.autograd.Function):
         x, w_in, w_out, gate, order, token, offsets, h = ctx.saved_tensors
         k, fused = ctx.k, ctx.fused
         dy = dy.contiguous()
-        d_rows = permute(dy, order, k) if fused else dy.index_select(0, token)             # (P, d)
+        d_rows = gather(dy, order, token, k, fused)                                        # (P, d)
         da = F.grouped_mm(d_rows, w_out, offs=offsets)                                     # (P, n)
-        dh, d_gate, a = gated_activation_backward(da, h, gate, ctx.activation)
+        dh, d_gate, a = gated_activation_backward(da, h, gate, ctx.activation, kernel(fused))
         d_w_out = F.grouped_mm(d_rows.T, a, offs=offsets)                                  # (E, d, n)
-        rows = permute(x, order, k) if fused else x.index_select(0, token)
+        rows = gather(x, order, token, k, fused)
         d_w_in = F.grouped_mm(dh.T, rows, offs=offsets)                                    # (E, n or 2n, d)
         dx = combine(F.grouped_mm(dh, w_in, offs=offsets), x.shape[0], order, token, k, fused)
         return dx, d_w_in, d_w_out, d_gate, None, None, None, None, None, None
@@ -171,7 +171,7 @@ class ExpertByExpert(torch.autograd.Function):
         y, h = torch.zeros_like(x), x.new_empty(token.numel(), w_in.shape[1])
         for e, rows in enumerate(groups(offsets)):
             torch.mm(x.index_select(0, token[rows]), w_in[e].T, out=h[rows])               # (rows, n or 2n)
-            a = gated_activation(h[rows], gate[rows], activation)
+            a = gated_activation(h[rows], gate[rows], activation, kernel=False)
             y.index_add_(0, token[rows], a @ w_out[e].T)
         ctx.save_for_backward(x, w_in, w_out, gate, token, offsets, h)
         ctx.activation = activation
@@ -183,7 +183,8 @@ class ExpertByExpert(torch.autograd.Function):
         dx, d_w_in, d_w_out, d_gate = torch.zeros_like(x), *map(torch.empty_like, (w_in, w_out, gate))
         for e, rows in enumerate(groups(offsets)):
             d_rows = dy.index_select(0, token[rows])
-            dh, d_gate[rows], a = gated_activation_backward(d_rows @ w_out[e], h[rows], gate[rows], ctx.activation)
+            dh, d_gate[rows], a = gated_activation_backward(d_rows @ w_out[e], h[rows], gate[rows],
+                                                            ctx.activation, kernel=False)
             torch.mm(d_rows.T, a, out=d_w_out[e])                                          # zeros for no rows
             torch.mm(dh.T, x.index_select(0, token[rows]), out=d_w_in[e])
             dx.index_add_(0, token[rows], dh @ w_in[e])
@@ -196,9 +197,20 @@ def groups(offsets):
     return [slice(start, end) for start, end in zip([0] + ends, ends)]
 
 
+def kernel(fused):
+    """Argument of the functions of kernels.py: their own rule, or never."""
+    return None if fused else False
+
+
+def gather(x, order, token, k, fused):
+    """Rows of x (N, d) in expert order, (P, d). The kernels need the same k for every token, which expert
+    choice (k = 0) does not have."""
+    return permute(x, order, k) if fused and k else x.index_select(0, token)
+
+
 def combine(rows, n_token, order, token, k, fused):
     """Sum of each token's rows, (P, d) in expert order -> (N, d)."""
-    if fused:
+    if fused and k:
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         return unpermute(rows, inverse, k)
     return rows.new_zeros(n_token, rows.shape[1]).index_add_(0, token, rows)
@@ -221,7 +233,7 @@ def dispatch_grouped(x, routing, experts, fused=False):
     on_cpu = x.device.type == "cpu" and not fused and not torch.compiler.is_compiling()
     function = ExpertByExpert if on_cpu else GroupedExperts
     return function.apply(x, experts.w_in.to(x.dtype), experts.w_out.to(x.dtype), gate, order, token, offsets,
-                                routing.k, experts.activation, fused)
+                          routing.k, experts.activation, fused)
 
 
 def dispatch_fused(x, routing, experts):
@@ -280,10 +292,10 @@ def grouped_refusal(experts, dtype):
 def choose_dispatch(wanted, experts, x):
     """The path that `ffn.dispatch = auto` takes, and the refusal of an explicit one that cannot run.
 
-    CPU: grouped, expert by expert; the fastest at every shape of lab/bench.py moe. CUDA with Triton: fused,
-    whose kernels move each row once and keep nothing but layer input and pre-activation. Widths that the
-    grouped product refuses, and dtypes that it does not know, take the loop. Raises ValueError for an
-    explicit grouped or fused that cannot run.
+    CPU: grouped, expert by expert; the fastest at every shape of lab/bench.py moe (never fused, which a CPU
+    could only interpret). CUDA with Triton: fused, whose kernels move each row once and keep nothing but layer
+    input and pre-activation. Widths that the grouped product refuses, and dtypes that it does not know, take
+    the loop. Raises ValueError for an explicit grouped or fused that cannot run.
     """
     refusal = grouped_refusal(experts, x.dtype)
     if wanted in ("grouped", "fused") and refusal:
@@ -292,7 +304,7 @@ def choose_dispatch(wanted, experts, x):
         raise ValueError("ffn.dispatch = \"fused\" needs a CUDA device and Triton; use \"auto\" or \"grouped\"")
     if wanted != "auto":
         return wanted
-    return "loop" if refusal else "fused" if use_triton(x) else "grouped"
+    return "loop" if refusal else "fused" if x.is_cuda and use_triton(x) else "grouped"
 
 
 class MoE(nn.Module):
@@ -336,8 +348,6 @@ class MoE(nn.Module):
         path = choose_dispatch(self.config.dispatch, self.experts, x)
         if path == "padded":
             return dispatch_padded(x, routing, self.experts, slots)
-        if path == "fused" and not routing.k:     # expert choice: no fixed number of rows to gather per token
-            path = "grouped"
         return DISPATCH[path](x, routing, self.experts)
 
     def inactive_params(self):

@@ -102,9 +102,10 @@ class TopKLean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, sub_keys, k):
-        width = 2 * q.shape[1] * sub_keys.shape[1]
-        scores, indices = zip(*(product_key_topk(part, sub_keys, k) for part, in slices(width, q)))
-        scores, indices = torch.cat(scores), torch.cat(indices)
+        n, h, m = *q.shape[:2], sub_keys.shape[1]
+        scores, indices = q.new_empty(n, h, 2, k), q.new_empty(n, h, 2, k, dtype=torch.int32)
+        for part, s, i in slices(2 * h * m, q, scores, indices):
+            s[:], i[:] = product_key_topk(part, sub_keys, k)
         ctx.save_for_backward(q, sub_keys, indices)
         ctx.mark_non_differentiable(indices)
         return scores, indices
@@ -112,12 +113,12 @@ class TopKLean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_scores, _):
         q, sub_keys, indices = ctx.saved_tensors
-        h, m, dq, d_keys = q.shape[1], sub_keys.shape[1], [], torch.zeros_like(sub_keys)
-        for part, d, i in slices(2 * h * m, q, d_scores, indices):
+        h, m, dq, d_keys = q.shape[1], sub_keys.shape[1], torch.empty_like(q), torch.zeros_like(sub_keys)
+        for part, d, i, out in slices(2 * h * m, q, d_scores, indices, dq):
             full = d.new_zeros(len(d), h, 2, m).scatter_(-1, i.long(), d)
-            dq.append(torch.einsum("nhpm,pmc->nhpc", full, sub_keys))
+            out[:] = torch.einsum("nhpm,pmc->nhpc", full, sub_keys)
             d_keys += torch.einsum("nhpm,nhpc->pmc", full, part)
-        return torch.cat(dq), d_keys, None
+        return dq, d_keys, None
 
 
 def slices(width, *tensors):
@@ -133,9 +134,10 @@ def slices(width, *tensors):
 def experts_readable(x, table, idx, gate, activation):
     """The path to read first, and the oracle of the others; any dtype."""
     rows = table.index_select(0, idx.flatten()).view(*idx.shape, *table.shape[1:])          # (n, R, 2, d)
+    *u, v = rows.unbind(2)
     if activation:
-        gate = ACTIVATIONS[activation](torch.einsum("nd,nrd->nr", x, rows[:, :, 0])) * gate
-    return torch.einsum("nr,nrd->nd", gate, rows[:, :, -1])
+        gate = ACTIVATIONS[activation](torch.einsum("nd,nrd->nr", x, *u)) * gate
+    return torch.einsum("nr,nrd->nd", gate, v)
 
 
 def dot_rows(x, rows, idx):
@@ -227,7 +229,9 @@ def choose_path(wanted, table):
         raise ValueError(f'ffn.peer_path = "fused" cannot run: {refusal}; use "auto" or "lean"')
     if wanted != "auto":
         return wanted
-    return "fused" if not refusal else "lean" if table.device.type in ("cpu", "cuda") else "readable"
+    if table.is_cuda and not refusal:                    # never the interpreter, which a CPU would run
+        return "fused"
+    return "lean" if table.device.type in ("cpu", "cuda") else "readable"
 
 
 def second_moment(activation):

@@ -77,9 +77,10 @@ def to_numbers(row, trainer):
     used, uneven = zip(*(usage(load) for load in loads))
     row.update(mean, max_expert_share=max((load.max() / load.sum()).item() for load in loads),
                experts_used=sum(used) / len(used), unevenness=sum(uneven) / len(uneven))
-    if all(load.numel() <= MAX_LOGGED_EXPERTS for load in loads):
-        row["expert_load"] = ";".join(" ".join(f"{v:g}" for v in s.load.tolist()) if s in chosen else ""
-                                      for s in layers)
+    if max(load.numel() for load in loads) <= MAX_LOGGED_EXPERTS:
+        sparse = sparse_layers(trainer.config)
+        row["expert_load"] = ";".join(" ".join(f"{v:g}" for v in s.load.tolist()) if i in sparse else ""
+                                      for i, s in enumerate(layers))
     return row
 
 

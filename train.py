@@ -178,8 +178,10 @@ class Trainer:
         return dict(step=self.done, tokens=self.tokens, seconds=self.seconds, val_loss=self.best,
                     config=self.config.to_dict(), tokenizer=self.tokenizer.to_dict(), ancestry=self.ancestry)
 
-    def optimizer_tensors(self):
-        return ck.optimizer_tensors(self.model, self.optimizer)
+    def save(self, out):
+        """Writes everything that is needed to go on exactly."""
+        ck.save_last(out, self.header(), self.model.state_dict(), ck.optimizer_tensors(self.model, self.optimizer),
+                     self.config.train.keep == "all")
 
     def restore(self, saved):
         """Takes up a Checkpoint where it stopped."""
@@ -262,6 +264,7 @@ def run(config, out, saved=None, quiet=False):
     elif origin:
         ck.load_weights(trainer.model, origin.model, t.init_from)
         trainer.ancestry["parents"] = [origin.header["ancestry"]]
+    trainer.ancestry["run"] = str(out)
     if compiled:
         compile_or_say(trainer, say)
     ck.write_text(out / "config.toml", config.to_toml())
@@ -285,14 +288,16 @@ def loop(trainer, out, log, valid, stop, bar, say):
         saves = ends or due(trainer.done, t.save_every or t.eval_every)
         if evaluates or saves or len(log.rows) >= log.patience:
             rows = log.settle()
-            bar.set_postfix_str(f"loss {rows[-1]['loss']:.3f}, {rows[-1]['tokens_per_second']:,.0f} tokens/s", False)
+            last = rows[-1]
+            bar.set_postfix_str(f"loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s", refresh=False)
             log.write(rows, **(assess(trainer, out, valid, say) if evaluates else {}))
         bar.update()
         if saves:
-            ck.save_last(out, trainer.header(), trainer.model.state_dict(), trainer.optimizer_tensors(), t.keep == "all")
+            trainer.save(out)
         if due(trainer.done, t.sample_every) and not ends:
             say(sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed))
-        log.since = time.perf_counter()
+        if not log.rows:                             # else the clock is running for rows that are not settled yet
+            log.since = time.perf_counter()
 
 
 def due(step, every):

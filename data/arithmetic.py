@@ -28,7 +28,7 @@ PLACES = "bakery farm garage library market museum office school station".split(
 
 
 def say(left, sign, right):
-    """One equation as text, with its right side computed: ("12", "+", 5) -> "12 + 5 = 17"."""
+    """One equation as text, with its right side computed: (12, "+", 5) -> "12 + 5 = 17"."""
     value = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[sign]
     return f"{left} {sign} {right} = {value}"
 
@@ -115,7 +115,7 @@ def fencing(rng):
 
 
 def adding(rng):
-    """Three or four terms, taken from the left."""
+    """Two to four terms, taken from the left."""
     total, terms = number(rng, 4), [(rng.choice("+-"), number(rng, 4)) for _ in range(rng.randint(1, 3))]
     question, steps = f"What is {total}", []
     for sign, term in terms:
@@ -182,8 +182,7 @@ def prompt(question):
 
 
 def final_answer(text):
-    """The number after the first ####, without thousands separators, as str; None where a text gives no
-    answer.
+    """The number after the first ####, as str without thousands separators; None where there is none.
 
     Give it what the model wrote after the prompt; problems that it went on to invent do not count.
     """

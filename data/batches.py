@@ -71,8 +71,7 @@ class Windows:
         return self.cached[epoch]
 
     def starts(self, ordinals):
-        """The first token of each window: ordinals (n,) count this corpus' windows since the beginning of the
-        run."""
+        """The first token of each window; ordinals (n,) count this corpus' windows since the run began."""
         epochs, places = np.divmod(ordinals, self.per_epoch)
         starts = np.empty(len(ordinals), np.int64)
         for epoch in np.unique(epochs):
@@ -83,8 +82,7 @@ class Windows:
 
 
 def quotas_of(weights, total):
-    """How many of `total` each weight gets: the whole part of its share, and the rest to the largest
-    remainders."""
+    """How many of `total` each weight gets: its share rounded down, the rest to the largest remainders."""
     exact = np.array(weights) / np.sum(weights) * total
     quotas = np.floor(exact).astype(np.int64)
     largest = np.argsort(quotas - exact, kind="stable")[:total - quotas.sum()]
@@ -121,8 +119,7 @@ class Batches:
                                 f"{BLOCK}; raise its weight, or set it to 0")
 
     def mix(self, block):
-        """For the sequences of a block: which corpus each is drawn from, and how many before it in the block
-        were, too."""
+        """Per sequence of a block: its corpus, and how many before it in the block are from the same one."""
         if self.cached[0] != block:
             corpus = np.repeat(np.arange(len(self.quotas)), self.quotas)
             corpus = keyed_generator(MIX, self.seed, block).permutation(corpus)
@@ -133,8 +130,7 @@ class Batches:
         return self.cached[1:]
 
     def assign(self, sequences):
-        """Which corpus each sequence of the run is drawn from, and as that corpus' how-many-eth: two (n,)
-        arrays."""
+        """The corpus that each sequence of the run is drawn from, and its number in it: two (n,) arrays."""
         blocks, places = np.divmod(sequences, BLOCK)
         corpus, ordinal = np.empty_like(sequences), np.empty_like(sequences)
         for block in np.unique(blocks):
@@ -145,12 +141,10 @@ class Batches:
         return corpus, ordinal
 
     def batch(self, step, micro=0, grad_accum=1, rank=0, world=1):
-        """(x, y, domain): int64 tensors (b, T), (b, T), (b,); y is x one token later, domain the corpus of
-        each row.
+        """(x, y, domain): int64 (b, T), (b, T), (b,); y is x one token later, domain the corpus of each row.
 
-        b = batch_size / (grad_accum * world). The step's sequences are cut into micro-batches and each of
-        those over the ranks, in order, so that all cuts together always are the same sequences in the same
-        order.
+        b = batch_size / (grad_accum * world). The step's sequences are cut into micro-batches and those over
+        the ranks, in order: whatever the cut, together they are the same sequences in the same order.
         """
         size, rest = divmod(self.batch_size, grad_accum * world)
         if rest or not size:
@@ -174,8 +168,7 @@ class Batches:
 
 
 class EvalBatches:
-    """A fixed set of validation windows: evenly spaced over each corpus' val.bin, the same for every model
-    and seed.
+    """A fixed set of validation windows, evenly spaced over each val.bin: the same for all models and seeds.
 
     A sequence of (x, y, domain, size): x, y (b, T) and domain (b,) int64, all of one corpus; size, the bytes
     that y stands for, so that bits per byte = sum of the loss in nats over y / ln 2 / size, whatever the

@@ -1,9 +1,12 @@
 """The .bin file: one fixed header, then the tokens of one split, little-endian, 1, 2 or 4 bytes each.
 
-    byte 0      8 bytes   MAGIC byte 8      4 bytes   VERSION       (uint32) byte 12     4 bytes   length of
-    the JSON below (uint32) byte 16    32 bytes   sha256 of that JSON byte 48               JSON: tokenizer,
-    fingerprint, vocab_size, dtype, count, corpus, split, bytes, sha256 of the tokens ... byte 4096
-    the tokens: `count` of `dtype`, back to back
+    byte 0      8 bytes   MAGIC
+    byte 8      4 bytes   VERSION (uint32)
+    byte 12     4 bytes   length of the JSON below (uint32)
+    byte 16    32 bytes   sha256 of that JSON
+    byte 48               JSON: tokenizer, fingerprint, vocab_size, dtype, count, corpus, split, bytes, sha256
+                          of the tokens, the settings of the preparation
+    byte 4096             the tokens: `count` of `dtype`, back to back
 
 A header of a fixed size is what makes the file both streamable (its numbers are known only at the end, and
 are written over the blank page at the beginning) and mappable (token i lies at 4096 + i * itemsize).
@@ -27,8 +30,7 @@ DTYPES = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2"), "uint32": np.dtyp
 
 
 class DataError(ValueError):
-    """Something is wrong with data that a person can put right; the message is one line: what, where, what to
-    do."""
+    """What is wrong with data that a person can put right: one line that says what, where, what to do."""
 
 
 def dtype_for(vocab_size):
@@ -68,13 +70,12 @@ def explain(error, path, needed):
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.filename or path}: cannot write: {error.strerror or error}; choose another --out"
     free = shutil.disk_usage(path.parent).free / 1e6
-    return (f"{path}: the disk is full: this file needs at least {needed / 1e6:.1f} MB, {free:.1f} MB are free; "
+    return (f"{path}: the disk is full: this file needs at least {needed / 1e6:.1f} MB, {free:.1f} are free; "
             "make room or choose another --out, then run the command again (what was there is untouched)")
 
 
 def sync_folder(folder):
-    """The new name survives a power cut only once the folder itself is on the disk. Windows cannot open a
-    folder."""
+    """A new name survives a power cut only once its folder is on the disk. Windows cannot open folders."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,5 +1,4 @@
-"""Byte-pair encoding, trained from scratch (Gage 1994; for words: Sennrich et al. 2016; on bytes: GPT-2,
-2019).
+"""Byte-pair encoding, trained from scratch (Gage 1994; of words: Sennrich et al. 2016; of bytes: GPT-2).
 
 Start from the 256 bytes; merge the pair of neighbours that occurs most often into a new token; repeat. Two
 ideas make that fast enough for Python. Text repeats its words, so each distinct word is kept once, with its
@@ -26,8 +25,7 @@ def count_words(texts, pattern=PATTERN):
 
 
 def merge_word(ids, pair, new):
-    """`ids` with each occurrence of `pair`, from the left, replaced by `new`: (1, 2, 2, 1, 2) -> (9, 2,
-    9)."""
+    """`ids` with `pair`, found from the left, replaced by `new`: (1, 2, 2, 1, 2) -> (9, 2, 9)."""
     merged, i = [], 0
     while i < len(ids):
         if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:

@@ -17,8 +17,7 @@ BPE_SAMPLE = 16_000_000         # characters of each corpus that train a BPE: mo
 
 
 def progress_bar(total, title, quiet, **options):
-    """A tqdm bar on stderr; none with --quiet, and none in a file, where its control characters would
-    stay."""
+    """A tqdm bar on stderr; none with --quiet, and none in a file, where control characters would stay."""
     hide = quiet or not sys.stderr.isatty()
     return tqdm(total=total or None, desc=title, disable=hide, leave=False, unit_scale=True, **options)
 
@@ -33,8 +32,7 @@ def limited(documents, chars):
 
 
 def default_part(corpus, split, max_tokens=0):
-    """A split as far as it goes by itself: all of it, or of a generated corpus `size` and, for validation, a
-    tenth."""
+    """A split as far as it goes by itself: all of it, but of a generated corpus `size`, or a tenth."""
     size = max(corpus.size, max_tokens) // (1 if split == "train" else 10)
     return limited(corpus.documents(split), size) if corpus.generated else corpus.documents(split)
 
@@ -63,8 +61,7 @@ def join_blocks(documents, word_safe):
 
 
 def train_char(corpora, max_tokens):
-    """The characters of all these corpora, validation included: nanoGPT does so too, and one that occurs only
-    there could not be encoded at all."""
+    """All characters of these corpora, validation included: it could not be encoded otherwise."""
     chars = set()
     for corpus in corpora:
         for split in ("train", "val"):
@@ -76,8 +73,7 @@ def train_char(corpora, max_tokens):
 
 
 def train_tokenizer(kind, vocab_size, corpora, max_tokens=0, quiet=False):
-    """One tokenizer for all these corpora, whatever their order: char, or a bpe of their training texts
-    together."""
+    """One tokenizer for all these corpora, in whatever order: char, or a bpe of their training texts."""
     corpora = sorted(corpora, key=lambda corpus: corpus.name)
     if kind == "char":
         return train_char(corpora, max_tokens)
@@ -111,11 +107,9 @@ def encode_documents(documents, tokenizer):
 
 
 def split_tokens(corpus, split, tokenizer, max_tokens, meta, bar):
-    """Yields the arrays of one split, at most `max_tokens` in all (0: as many as there are), and sums up in
-    `meta`.
+    """Yields the arrays of one split, at most `max_tokens` in all (0: what there is), and sums up in `meta`.
 
-    Raises DataError, before anything is replaced, for a split of fewer than two tokens: nothing could be
-    predicted.
+    Raises DataError for a split of fewer than two tokens: nothing could be predicted.
     """
     lengths, tokens = tokenizer.token_lengths(), 0
 

@@ -30,15 +30,13 @@ def short_hash(*values, digits=12):
 
 
 def split_of(name, share=0.1):
-    """"train" or "val" for a file, by its name alone: the same on every machine, whatever files lie beside
-    it."""
+    """Whether a file is "train" or "val", by its name alone: the same on every machine."""
     draw = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4], "big") / 2**32
     return "val" if draw < share else "train"
 
 
 def titled(name, text):
-    """One file among several in a corpus: a comment line with its name, its text, and a line's end in any
-    case."""
+    """One file among several in a corpus: a comment line with its name, then its text and a line end."""
     name = name.encode("utf-8", "replace").decode()
     return f"# {name}\n{text}" + ("" if text.endswith("\n") else "\n")
 

@@ -32,8 +32,7 @@ def parse_plain(path, split, own):
 
 
 def parse_tinystories(path, split, own):
-    """Stories with <|endoftext|> between them; here a blank line does that, so that every tokenizer reads the
-    same text."""
+    """Stories with <|endoftext|> between them; here a blank line, so that all tokenizers read one text."""
     tail = ""
     for block in parse_plain(path, split, own):
         *stories, tail = (tail + block).split("<|endoftext|>")
@@ -43,8 +42,7 @@ def parse_tinystories(path, split, own):
 
 
 def parse_gsm8k(path, split, own):
-    """One JSON object with question and answer per line. The marks of a calculator, <<48/2=24>>, are left
-    out."""
+    """One JSON object per line: question and answer, which loses its calculator marks, <<48/2=24>>."""
     lines = "".join(read_blocks(path)).strip().split("\n")          # 4 MB at most
     border = int(0.9 * len(lines))
     first, last = (0, len(lines)) if own else (0, border) if split == "train" else (border, len(lines))
@@ -106,8 +104,7 @@ NAMED = {
 
 
 def fetch(url, path, sha256=None, quiet=False, timeout=30):
-    """Downloads to `path`, by way of `path`.part, which a later call continues. Raises DataError with the
-    remedy."""
+    """Downloads to `path`, by way of `path`.part, which a later call continues. Raises DataError."""
     part = path.with_name(path.name + ".part")
     hand = f"fetch it by hand and put it at {path}, or give a copy that you have with --from PATH"
     try:
@@ -127,8 +124,7 @@ def fetch(url, path, sha256=None, quiet=False, timeout=30):
 
 
 def receive(url, part, quiet, timeout):
-    """Appends to `part` what it lacks, where the server can do that, else starts again. Returns the full
-    size, if told."""
+    """Appends what `part` lacks, where the server can do that; else starts again. Returns the full size."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
     try:
@@ -160,8 +156,7 @@ def file_sha256(path):
 
 
 def local_files(named, path):
-    """{"train": path, "val": path} or {"all": path} in what the user has: a file, or a folder that holds the
-    known names."""
+    """{"train": path, "val": path} or {"all": path}: the user's file, or what a folder has of known names."""
     if path.is_file():
         return {"all": path}
     inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.endswith(".part"))
@@ -178,8 +173,7 @@ def local_files(named, path):
 
 
 def documents(name, split, path, raw, quiet):
-    """The texts of one split, from `path` or else from the folder `raw`/name, downloaded first where they are
-    missing."""
+    """The texts of one split, from `path`, or from the folder `raw`/name with what is missing downloaded."""
     named = NAMED[name]
     if path is None:
         path = raw / name

@@ -24,8 +24,7 @@ KINDS = ("byte", "bpe", "gpt2", "char")
 
 
 def check_tokenizer(tokenizer, vocab_size):
-    """Raises DataError unless `tokenizer` is a kind or a tokenizer.json, and bpe's vocabulary size
-    possible."""
+    """Raises DataError unless `tokenizer` is a kind or a tokenizer.json, and the size of a bpe possible."""
     if tokenizer not in KINDS and not Path(tokenizer).is_file():
         near = difflib.get_close_matches(tokenizer, KINDS, 1)
         raise DataError(f"tokenizer {tokenizer!r}: is neither {', '.join(KINDS)} nor a tokenizer.json"
@@ -78,8 +77,7 @@ def inspect_folder(folder, verify=False):
 
 @contextmanager
 def one_at_a_time(folder):
-    """Lets one process at a time prepare data in `folder`. The lock goes with its process, however that
-    ends."""
+    """Lets one process at a time prepare data in `folder`. The lock dies with its process."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         if fcntl:

@@ -1,10 +1,9 @@
-"""`markov`: a hashed order-2 Markov source, for what real text cannot show: a loss whose lowest value is
-known.
+"""`markov`: a hashed order-2 Markov source, for what real text lacks: a loss whose lowest value is known.
 
 With probability p the next symbol is table[hash(a, b) mod n_context], where a, b are the two before it;
 otherwise it is drawn afresh from the unigram distribution, Zipf's 1 / rank. Nothing repeats, so a larger
-model is better only where it holds more of the table, and no model gets below the source's entropy: 1.03 nats
-a symbol for 256 symbols, p = 0.85.
+model is better only where it holds more of the table, and no model gets below the source's entropy: 1.036
+nats a symbol for 256 symbols, p = 0.85.
 
 The domains `markov-0`, `markov-1`, ... share half of their table's rows with `markov` and with one another;
 the others are their own. `markov1024` and its domains are the same with 1024 symbols and 2^18 contexts, for
@@ -58,8 +57,7 @@ class MarkovSource:
         return ((mixed >> np.uint64(32)) % np.uint64(self.n_context)).astype(np.int64)
 
     def generate(self, key, n=LANES, length=LENGTH):
-        """(n, length) uint16: independent sequences, the same for the same integer key, others in every
-        domain."""
+        """(n, length) uint16: independent sequences, the same for the same key, others in every domain."""
         rng = stream(TEXT, 0 if self.domain is None else self.domain + 1, key)
         fresh, keep = self._draw(rng, (n, length)), rng.random((n, length)) < self.p
         out = fresh.copy()
@@ -69,8 +67,7 @@ class MarkovSource:
         return out
 
     def stationary(self, tolerance=1e-7):
-        """(V, V): how often a, b follow one another in the long run, by iterating the chain over pairs until
-        it rests."""
+        """(V, V): how often a, b follow one another in the long run: the chain, run until it rests."""
         size = self.vocab_size
         a, b = np.divmod(np.arange(size * size), size)
         follows = b * size + self.table[self.context(a, b)]     # the pair that (a, b) becomes under the table
@@ -89,8 +86,7 @@ class MarkovSource:
         """The source's entropy in nats per symbol: the loss of whoever knows table, p and unigram.
 
         After a pair whose table entry is s, the next symbol has probability (1 - p) unigram, and p more at s.
-        Its entropy depends on s alone, so the floor is the mean of V entropies over how often each entry is
-        met.
+        Its entropy depends on s alone, so the floor is a mean of V entropies: by how often each entry is met.
         """
         size = self.vocab_size
         a, b = np.divmod(np.arange(size * size), size)
@@ -102,14 +98,12 @@ class MarkovSource:
 
 
 def stream(*key):
-    """A random generator of its own for every key of integers, independent of all others and of any global
-    state."""
+    """A random generator for each key of integers, independent of all others and of any global state."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 def source_of(name):
-    """The MarkovSource that a corpus name (markov, markov-3, markov1024, markov1024-0) stands for; None for
-    other names."""
+    """The MarkovSource that a name (markov, markov-3, markov1024, markov1024-0) stands for, or None."""
     found = NAME.fullmatch(name)
     if not found:
         return None
@@ -119,8 +113,7 @@ def source_of(name):
 
 
 def tokenizer_of(name):
-    """Symbols as bytes; 1024 of them as so many Chinese characters, so that each has a visible text. None:
-    other names."""
+    """Symbols as bytes; 1024 of them as Chinese characters, so that each is visible. None for other names."""
     found = NAME.fullmatch(name)
     if found and found.group(1):
         return Tokenizer.from_chars(chr(0x4E00 + symbol) for symbol in range(1024))

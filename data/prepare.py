@@ -1,5 +1,4 @@
-"""Turns texts into the .bin files that training reads: one folder per corpus, made at most once (folders.py
-says when)."""
+"""Turns texts into the .bin files that training reads: a folder per corpus, made once (see folders.py)."""
 import sys
 from pathlib import Path
 
@@ -76,8 +75,7 @@ def prepare_locked(names, folders, tokenizer, vocab_size, source, out, max_token
 
 
 def sound_header(folder):
-    """What is prepared in a folder, if it is whole and sound; damage is reported, and mended by preparing
-    again."""
+    """What is prepared in a folder, if whole and sound; damage is reported, and mended by preparing again."""
     try:
         return inspect_folder(folder, verify=True)
     except DataError as error:
@@ -86,8 +84,7 @@ def sound_header(folder):
 
 
 def remembered(name, out):
-    """The local copy that a corpus was made from before, with any tokenizer, if it still exists: no need to
-    name it again."""
+    """The local copy that a corpus was made from before, with any tokenizer, if that still exists."""
     for path in sorted(out.glob(f"{glob.escape(corpus_name(name))}-*/train.bin")):
         with suppress(DataError):
             header = read_header(path)
@@ -122,13 +119,12 @@ def summary(name, headers, seconds, folder):
              f"  {train['tokenizer']} tokenizer, {train['vocab_size']} tokens, "
              f"{train['bytes'] / train['count']:.2f} bytes per token; {seconds:.1f} s; in {shown(folder)}"]
     if train["entropy_floor"] is not None:
-        lines.append(f"  entropy of the source: {train['entropy_floor']:.4f} nats per token, the least possible loss")
+        lines.append(f"  entropy of its source: {train['entropy_floor']:.4f} nats, the lowest loss")
     return "\n".join(lines)
 
 
 def find_or_prepare(names, tokenizer="byte", vocab_size=4096, dir=None, max_tokens=0, quiet=False):
-    """(folders, Tokenizer) for training on these corpora; what is missing is prepared first, and that is
-    said.
+    """(folders, Tokenizer) for training on these corpora; what is missing is prepared first.
 
     max_tokens 0 takes a prepared corpus as it is; another number prepares it again unless it was made with
     that one. All checksums are compared. Raises DataError with the remedy: for damaged files, and for corpora
@@ -144,7 +140,8 @@ def find_or_prepare(names, tokenizer="byte", vocab_size=4096, dir=None, max_toke
     if missing:
         if not quiet:
             print(f"preparing {', '.join(missing)} first, which happens once")
-        prepare(names, tokenizer, vocab_size, None, dir, max_tokens, quiet)
+        together = tokenizer in ("bpe", "char")         # these are trained on all the corpora of a run
+        prepare(names if together else missing, tokenizer, vocab_size, None, dir, max_tokens, quiet)
     found = [inspect_folder(folder, verify=True) for folder in folders]
     if len({header["fingerprint"] for header in found}) > 1:
         raise DataError("these corpora have different tokenizers: "
@@ -156,13 +153,13 @@ def warn_of_limit(folder):
     """Says so where a corpus was prepared in part, and a run that asks for all of it will use that part."""
     header = inspect_folder(folder)
     if header and header["settings"]["max_tokens"]:
-        note(f"{shown(folder)} was prepared with --max_tokens {header['settings']['max_tokens']}, which is what is "
-             "used; for all of it prepare it again without")
+        limit = header["settings"]["max_tokens"]
+        note(f"{shown(folder)} was prepared with --max_tokens {limit} and is used so; "
+             "for all of it prepare it again without")
 
 
 def is_current(name, folder, max_tokens):
-    """Whether a corpus is prepared as asked for; of a file or folder of the user's also: since its last
-    change."""
+    """Whether a corpus is prepared as asked for and, if it is the user's own, since its last change."""
     header = inspect_folder(folder)
     if header is None or max_tokens not in (0, header["settings"]["max_tokens"]):
         return False
@@ -192,7 +189,7 @@ def build_parser():
         epilog=list_names("made here, no network:", lambda name: not takes_source(name))
         + list_names("downloaded (no address could be tried so far), or read from --from PATH:", takes_source)
         + "A file is split 90 / 10 (the last tenth is validation), a folder by files. A known name goes\n"
-          "before a file or folder called the same: write ./docs for yours. What is prepared already is left alone.")
+          "before a file or folder called the same: write ./docs for yours.")
     parser.add_argument("names", nargs="+", metavar="NAME|FILE|FOLDER",
                         help="a known corpus, a text file or a folder of them")
     parser.add_argument("--tokenizer", default="byte", metavar="KIND",

@@ -39,8 +39,7 @@ def symbols_tokenizer(name):
 
 
 def takes_source(name):
-    """Whether --from can concern this name: downloads, and names that are not paths (a new name for that
-    text)."""
+    """Whether --from can concern this name: a download, or a new name for a text."""
     return name in downloads.NAMED or not is_known(name) and not Path(name).exists()
 
 

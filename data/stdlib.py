@@ -38,8 +38,7 @@ def source_files(root):
 
 
 def read_source(path):
-    """A source file's text in the encoding that it declares, or None where it does not fit that or is no
-    valid Python."""
+    """(text, syntax tree) of a source file; None where it is no valid Python, or not in its encoding."""
     try:
         with tokenize.open(path) as file:
             text = file.read()
@@ -83,8 +82,7 @@ def without_docstrings(text, tree):
 
 
 def prose(tree):
-    """The docstrings of one module, each below the qualified name of what it describes, indented as help()
-    shows them."""
+    """The docstrings of one module, each below the qualified name of what it describes."""
     entries = [(name, inspect.cleandoc(doc.value.value)) for _, doc, name in docstrings(tree)]
     return "\n".join(f"{name}\n{doc}\n" if name else f"{doc}\n" for name, doc in entries if doc)
 

@@ -34,8 +34,7 @@ def open_raw(path):
 
 
 def decode_blocks(path):
-    """(text, undecoded bytes in it) per megabyte of a file. Raises DataError: the file cannot be read, or is
-    no text."""
+    """(text, undecoded bytes) per megabyte of a file. Raises DataError: it cannot be read, or is no text."""
     decoder, size, bad, raw = codecs.getincrementaldecoder("utf-8")("surrogateescape"), 0, 0, b"-"
     try:
         with open_raw(path) as file:
@@ -59,8 +58,7 @@ def read_blocks(path):
 
 
 def count_chars(path):
-    """Characters in a text file; counted, and its undecoded bytes reported, once as long as the file stays
-    the same."""
+    """Characters in a text file; counted, and its undecoded bytes reported, once for each state of it."""
     return _count_chars(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
@@ -84,16 +82,14 @@ def slice_blocks(path, start, stop):
 
 
 def file_documents(path, split):
-    """nanoGPT's split of a single text: the first int(0.9 n) of its n characters train, the others
-    validate."""
+    """nanoGPT's split of a single text: the first int(0.9 n) of n characters train, the others validate."""
     chars = count_chars(path)
     border = int(0.9 * chars)
     return slice_blocks(path, 0, border) if split == "train" else slice_blocks(path, border, chars)
 
 
 def list_files(folder):
-    """(relative name, path) of the files below a folder, sorted; hidden ones are left out, links to folders
-    not followed."""
+    """(relative name, path) of all files below a folder, sorted; hidden ones and linked folders left out."""
     found = []
     for where, subfolders, files in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]

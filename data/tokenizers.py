@@ -1,9 +1,9 @@
 """Text to token ids and back. One class; the kinds differ in their tokens and in how text is cut into them.
 
-    byte   the 256 bytes: no training, nothing is ever unknown, the sequences are long char   the characters
-    of the corpus, sorted, as in nanoGPT's Shakespeare; a character it never saw is an error bpe    byte-pair
-    encoding trained on the corpus (bpe.py), run by tiktoken gpt2   GPT-2's own 50,257 tokens, from the file
-    that tiktoken downloads or has in its cache
+    byte   the 256 bytes: no training, nothing is ever unknown, the sequences are long
+    char   the characters of the corpus, sorted, as in nanoGPT's Shakespeare; one it never saw is an error
+    bpe    byte-pair encoding trained on the corpus (bpe.py), run by tiktoken
+    gpt2   GPT-2's own 50,257 tokens, from the file that tiktoken downloads or has in its cache
 
 Every token is a string of bytes, so decoding is joining, whatever the kind, and a byte count for bits per
 byte is a sum of token lengths. byte, bpe and gpt2 are lossless for every valid text: what they cannot merge
@@ -28,8 +28,8 @@ PIECE = 1 << 16         # characters that tiktoken gets at a time: enough for it
 
 class Tokenizer:
     """kind, and tokens: a list of bytes, the id is the position. Make one with byte(), from_chars(),
-    from_bpe(), gpt2() or load(). `fingerprint` is a short hash of all that decides the ids: equal
-    fingerprints, equal ids."""
+    from_bpe(), gpt2() or load(). Equal `fingerprint`s, short hashes of all that matters, mean equal ids.
+    """
 
     def __init__(self, kind, tokens, pattern=PATTERN):
         self.kind, self.tokens, self.pattern = kind, tokens, pattern
@@ -65,8 +65,7 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls, patience=30):
-        """GPT-2's tokenizer. Raises DataError with the remedy when its file cannot be had within `patience`
-        seconds."""
+        """GPT-2's tokenizer. Raises DataError with the remedy if it cannot be had in `patience` seconds."""
         encoding = fetch_gpt2(patience)
         tokens = [encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab)]
         return cls("gpt2", tokens, encoding._pat_str)
@@ -74,8 +73,7 @@ class Tokenizer:
     # --- using it ---
 
     def encode(self, text):
-        """The token ids of a text as a list. Raises DataError for a character that a char tokenizer has never
-        seen."""
+        """The token ids of a text: list of int. Raises DataError for what a char tokenizer never saw."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text):
@@ -100,12 +98,11 @@ class Tokenizer:
     def _refuse(self, text, ids):
         unknown = sorted({text[i] for i in np.flatnonzero(ids < 0)})
         named = [f"{char!r} (U+{ord(char):04X})" for char in unknown[:5]] + ["..."] * (len(unknown) > 5)
-        raise DataError(f"the char tokenizer has never seen {', '.join(named)}: it knows the {self.vocab_size} "
-                        "characters of its corpus; leave these out, or prepare the corpus with --tokenizer byte or bpe")
+        raise DataError(f"the char tokenizer has never seen {', '.join(named)}: it knows {self.vocab_size} "
+                        "characters, those of its corpus; leave these out, or use --tokenizer byte or bpe")
 
     def decode_bytes(self, ids):
-        """The bytes that the ids stand for; a part of a token sequence need not be whole characters. Raises
-        DataError."""
+        """The bytes of these ids, which may end within a character. Raises DataError for an unknown id."""
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.vocab_size:
@@ -133,14 +130,12 @@ class Tokenizer:
         return {"kind": self.kind, "pattern": self.pattern, "tokens": tokens}
 
     def to_dict(self):
-        """Everything as JSON-able values: it travels in tokenizer.json beside the data and in every
-        checkpoint."""
+        """Everything as JSON-able values, for tokenizer.json beside the data and for every checkpoint."""
         return {**self._plain(), "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
 
     @classmethod
     def from_dict(cls, plain):
-        """The tokenizer that to_dict described. Raises DataError unless it is exactly that one (the
-        fingerprint tells)."""
+        """The tokenizer that to_dict described. Raises DataError unless it is that one to the fingerprint."""
         try:
             if plain["kind"] == "byte":
                 tokenizer = cls.byte()
@@ -164,8 +159,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Reads tokenizer.json. Raises DataError, naming the file and the remedy, when it is missing or
-        damaged."""
+        """Reads tokenizer.json. Raises DataError with file and remedy when it is missing or damaged."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
         except (OSError, ValueError) as error:      # DataError, broken JSON and broken UTF-8 are ValueErrors
@@ -197,8 +191,7 @@ def next_cut(text, at):
 
 
 def fetch_gpt2(patience):
-    """tiktoken's GPT-2 encoding. Its download has no time limit of its own, so it runs in a thread that we
-    need not await."""
+    """tiktoken's GPT-2 encoding. Its download knows no time limit, so a thread does it that nobody awaits."""
     result = {}
 
     def fetch():

@@ -1,0 +1,359 @@
+"""The training loop and the run folder: exact resume, pairing, evaluation, refusals, stops, bad luck."""
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint as ck
+import report
+import train
+from config import ConfigError, load_config
+from data.prepare import prepare
+from model import GPT
+from sample import sample_text
+
+ROOT = Path(__file__).parent.parent
+TINY = {"model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "model.block_size": 16, "ffn.d_ff": 16,
+        "ffn.n_expert": 4, "train.batch_size": 4, "train.max_steps": 6, "train.warmup_steps": 2,
+        "train.eval_every": 3, "train.eval_batches": 2, "train.sample_tokens": 0, "train.device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """A folder with two prepared corpora, `one` and `two`."""
+    folder = tmp_path_factory.mktemp("corpora")
+    for name, line in (("one", "def f(x): return x + 1  # emoji \U0001f600\r\n"), ("two", "all happy families are alike. ")):
+        (folder / f"{name}.txt").write_bytes((line * 120).encode())
+        prepare([str(folder / f"{name}.txt")], out=folder / "prepared", quiet=True)
+    return folder
+
+
+def arguments(corpora, out, *more, name="one", **settings):
+    """The command line of a tiny run."""
+    keys = TINY | {"data.name": name, "data.dir": corpora / "prepared"} | {k.replace("__", "."): v for k, v in settings.items()}
+    path = out.parent / "tiny.toml"
+    path.write_text("")
+    return [str(path), "--out", str(out), "--quiet", *more, *(f"--{k}={v}" for k, v in keys.items())]
+
+
+def run(*args, status=0, **settings):
+    assert train.main(arguments(*args, **settings)) == status
+
+
+def rows(out):
+    with open(out / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(out):
+    return [(r["step"], r["loss"], r["val_loss"], r["grad_norm"]) for r in rows(out)]
+
+
+def weights(out, name=ck.LAST):
+    return ck.load(out / name)
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- resume ---
+
+KINDS = {router: dict(ffn__router=router, ffn__top_k=1 if router in ("switch", "hash", "base", "sinkhorn", "rl",
+                                                                      "sample_top1") else 2)
+         for router in ("topk", "noisy_topk", "switch", "gshard", "sigmoid", "sinkhorn", "base", "hash", "rl",
+                        "expert_choice", "soft", "sample_top1")}
+KINDS |= dict(dense=dict(ffn__kind="dense"), dropout=dict(model__dropout=0.2),
+              capacity=dict(ffn__capacity_factor=1.0), wide=dict(ffn__n_expert=16, ffn__top_k=8),
+              peer=dict(ffn__kind="peer", ffn__n_keys=8, ffn__peer_top_k=4),
+              pkm=dict(ffn__kind="pkm", ffn__n_keys=8, ffn__peer_top_k=4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_is_exact(kind, corpora, tmp_path):
+    """N + M steps equal N steps, a restart, M steps: every logged loss and every tensor, to the last bit."""
+    settings = KINDS[kind] | {"train__grad_accum": 2}
+    run(corpora, tmp_path / "whole", **settings)
+    run(corpora, tmp_path / "halves", **settings, train__max_steps=6, train__save_every=3)
+    cut_short(tmp_path / "halves", 3)
+    assert train.main(["--out", str(tmp_path / "halves"), "--resume", "--quiet"]) == 0
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    for part in ("model", "optimizer"):
+        assert same_tensors(getattr(weights(tmp_path / "halves"), part), getattr(weights(tmp_path / "whole"), part))
+
+
+def cut_short(out, step):
+    """Makes a finished run look as if it had been killed after the checkpoint of `step`: later rows are in the log."""
+    (out / ck.LAST).unlink()
+    os.replace(out / ck.PREVIOUS, out / ck.LAST)
+    assert weights(out).header["step"] == step and int(rows(out)[-1]["step"]) > step
+
+
+def test_domains_resume_and_are_logged_apart(corpora, tmp_path):
+    settings = dict(name="one,two", ffn__router="domain", ffn__n_expert=2, ffn__top_k=1, data__weights="3,1")
+    run(corpora, tmp_path / "run", **settings)
+    last = rows(tmp_path / "run")[-1]
+    by_corpus = float(last["val_loss_one"]), float(last["val_loss_two"])
+    assert float(last["val_loss"]) == pytest.approx((3 * by_corpus[0] + by_corpus[1]) / 4, rel=1e-5)
+
+
+def test_resume_applies_and_prints_what_may_change_and_refuses_the_rest(corpora, tmp_path, capsys):
+    run(corpora, tmp_path / "run")
+    out = ["--out", str(tmp_path / "run"), "--resume", "--quiet"]
+    assert train.main([*out, "--train.max_steps", "8", "--train.eval_every", "4"]) == 0
+    assert "train.max_steps = 8 (was 6)" in capsys.readouterr().out
+    assert rows(tmp_path / "run")[-1]["step"] == "8"
+    for key, value in (("model.n_layer", "3"), ("ffn.n_expert", "8"), ("train.batch_size", "8"), ("train.dtype", "bfloat16"),
+                       ("data.seed", "1")):
+        assert train.main([*out, f"--{key}", value]) == 2
+        error = capsys.readouterr().err
+        assert key in error and "start a new run" in error and error.count("\n") == 1
+
+
+def test_a_folder_with_a_run_is_refused_without_saying_how(corpora, tmp_path, capsys):
+    run(corpora, tmp_path / "run", train__max_steps=1)
+    before = (tmp_path / "run" / ck.LAST).read_bytes()
+    run(corpora, tmp_path / "run", status=2)
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "run" / ck.LAST).read_bytes() == before
+    run(corpora, tmp_path / "run", "--overwrite", train__max_steps=2)
+    assert [r["step"] for r in rows(tmp_path / "run")] == ["0", "1", "2"]
+
+
+def test_resume_without_a_run(tmp_path, capsys):
+    assert train.main(["--out", str(tmp_path / "none"), "--resume"]) == 1
+    assert "no such checkpoint" in capsys.readouterr().err
+
+
+# --- what is reported ---
+
+def test_log_has_the_contract_columns_and_every_step(corpora, tmp_path):
+    run(corpora, tmp_path / "run", train__grad_accum=2)
+    table = rows(tmp_path / "run")
+    assert set("step tokens seconds loss val_loss val_bpb lr grad_norm tokens_per_second balance_loss max_expert_share "
+               "dropped".split()) <= set(table[0])
+    assert [int(r["step"]) for r in table] == list(range(7))
+    assert [bool(r["val_loss"]) for r in table] == [True, False, False, True, False, False, True]
+    assert [int(r["tokens"]) for r in table] == [64 * i for i in range(7)]
+    load = [[float(v) for v in layer.split()] for layer in table[3]["expert_load"].split(";")]
+    assert [sum(layer) for layer in load] == [2 * 64, 2 * 64]           # top-2, both micro-steps together
+    share = max(max(layer) / sum(layer) for layer in load)
+    assert float(table[3]["max_expert_share"]) == pytest.approx(share)
+    assert float(table[3]["val_bpb"]) == pytest.approx(float(table[3]["val_loss"]) / math.log(2), rel=1e-6)
+
+
+def test_reported_loss_is_cross_entropy_alone_and_batches_are_paired(corpora, tmp_path):
+    """The first step's loss is the same whatever the coefficients; data.seed decides the batches, not train.seed."""
+    first = {}
+    for name, settings in dict(plain={}, heavy=dict(ffn__balance_loss=5.0, ffn__z_loss=1.0), accum=dict(train__grad_accum=4),
+                               other=dict(data__seed=1)).items():
+        run(corpora, tmp_path / name, train__max_steps=1, **settings)
+        first[name] = float(rows(tmp_path / name)[1]["loss"])
+    assert first["plain"] == first["heavy"] == pytest.approx(first["accum"], rel=1e-6)
+    assert first["other"] != first["plain"]
+    a, b = rows(tmp_path / "plain")[1], rows(tmp_path / "heavy")[1]
+    assert float(b["aux_loss"]) > 100 * float(a["aux_loss"])
+
+
+def test_learning_rate_schedules():
+    t = load_config(None, [("train.max_steps", "100"), ("train.warmup_steps", "10"), ("train.lr", "1.0")]).train
+    rates = [train.learning_rate(i, t) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[9] == 1.0
+    assert rates[-1] == pytest.approx(0.1, abs=0.01) and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    t.schedule = "wsd"
+    rates = [train.learning_rate(i, t) for i in range(100)]
+    assert rates[50] == rates[80] == 1.0 and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.1)
+
+
+def test_decay_touches_matrices_only():
+    config = load_config(None, [("model.vocab_size", "16"), ("ffn.router", "sigmoid"), ("model.qkv_bias", "true")])
+    model = GPT(config)
+    decayed, free = ({id(p) for p in group["params"]} for group in train.parameter_groups(model, 0.1))
+    for name, p in model.named_parameters():
+        wants = p.dim() > 1 and "embedding" not in name
+        assert (id(p) in decayed) == wants and (id(p) in free) != wants, name
+
+
+def test_evaluation_changes_nothing(corpora, tmp_path):
+    """Two runs that differ only in how often they evaluate end bit-identical."""
+    for name, every in (("often", 1), ("once", 0)):
+        run(corpora, tmp_path / name, train__eval_every=every, model__dropout=0.1, ffn__router="noisy_topk")
+    assert same_tensors(weights(tmp_path / "often").model, weights(tmp_path / "once").model)
+
+
+def test_loss_free_bias_moves_with_the_load_of_the_whole_step_and_is_saved(corpora, tmp_path):
+    run(corpora, tmp_path / "run", ffn__router="sigmoid", ffn__bias_rate=0.5, train__grad_accum=2, train__max_steps=1)
+    load = [float(v) for v in rows(tmp_path / "run")[1]["expert_load"].split(";")[0].split()]
+    bias = weights(tmp_path / "run").model["blocks.0.ffn.router.bias"]
+    assert bias.tolist() == [0.5 * ((x < 32) - (x > 32)) for x in load]         # 64 tokens x 2 / 4 experts
+
+
+# --- stops and failures ---
+
+def command(corpora, out, **settings):
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *(a for a in arguments(corpora, out, **settings)
+                                                                        if a != "--quiet")],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, corpora, tmp_path):
+    process = command(corpora, tmp_path / "run", train__max_steps=100000, train__eval_every=0)
+    deadline = time.time() + 60
+    while not (tmp_path / "run" / "log.csv").exists() or len(rows(tmp_path / "run")) < 5:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume" in err and "Traceback" not in err and "\x1b" not in err
+    assert weights(tmp_path / "run").header["step"] == int(rows(tmp_path / "run")[-1]["step"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(corpora, tmp_path, monkeypatch, capsys):
+    real = train.Trainer.micro_step
+
+    def broken(self, micro):
+        loss, *rest = real(self, micro)
+        return (loss * math.nan if self.done == 4 else loss, *rest)
+
+    monkeypatch.setattr(train.Trainer, "micro_step", broken)
+    run(corpora, tmp_path / "run", status=1)
+    error = capsys.readouterr().err
+    assert "loss of step 5" in error and "train.lr" in error and error.count("\n") == 1
+    assert weights(tmp_path / "run").header["step"] == 3
+    assert int(rows(tmp_path / "run")[-1]["step"]) == 4
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(corpora, tmp_path, monkeypatch, capsys):
+    run(corpora, tmp_path / "run", train__max_steps=3)
+    before = (tmp_path / "run" / ck.LAST).read_bytes()
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ck.torch, "save", full)
+    assert train.main(["--out", str(tmp_path / "run"), "--resume", "--quiet", "--train.max_steps", "6"]) == 1
+    error = capsys.readouterr().err
+    assert "disk is full" in error and "MiB" in error
+    assert (tmp_path / "run" / ck.LAST).read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(corpora, tmp_path, capsys):
+    run(corpora, tmp_path / "run", train__save_every=3)
+    path = tmp_path / "run" / ck.LAST
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    assert train.main(["--out", str(tmp_path / "run"), "--resume", "--quiet"]) == 0
+    assert "damaged" in capsys.readouterr().out
+    assert weights(tmp_path / "run").header["step"] == 6
+
+
+@pytest.mark.parametrize("content, wanted", [(b"", "damaged"), (b"hello", "damaged"), ("cut", "damaged"), ("pickle", "not a ch"),
+                                             ("other", "not a checkpoint")])
+def test_foreign_and_damaged_files_end_in_one_line_and_run_nothing(content, wanted, corpora, tmp_path):
+    path = tmp_path / "x.pt"
+    if content == "cut":
+        run(corpora, tmp_path / "run", train__max_steps=1)
+        path.write_bytes((tmp_path / "run" / ck.LAST).read_bytes()[:-200])
+    elif content == "pickle":
+        torch.save(Boom(tmp_path / "boom"), path)
+    elif content == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ck.CheckpointError) as error:
+        ck.load(path)
+    assert wanted in str(error.value) and "x.pt" in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "boom").exists()
+
+
+class Boom:
+    """A pickle that would create a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_folder_in_use_is_refused(corpora, tmp_path, capsys):
+    with ck.Lock(tmp_path / "run"):
+        run(corpora, tmp_path / "run", status=1)
+    assert "another process" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_code_names_what_differs(corpora, tmp_path):
+    run(corpora, tmp_path / "run", train__max_steps=1)
+    model, config, tokenizer, header = ck.load_model(tmp_path / "run")
+    state = dict(weights(tmp_path / "run").model)
+    state["extra"] = state.pop("norm.weight")
+    with pytest.raises(ck.CheckpointError, match="norm.weight"):
+        ck.load_weights(model, state, "x.pt")
+
+
+# --- starting from another run ---
+
+def test_init_from_takes_the_model_and_starts_the_optimizer_anew(corpora, tmp_path, capsys):
+    run(corpora, tmp_path / "seed", ffn__n_expert=3)
+    more = dict(train__init_from=tmp_path / "seed", name="two", train__max_steps=1)
+    path = tmp_path / "fresh.toml"
+    path.write_text("")
+    base = [str(path), "--quiet", f"--data.dir={corpora / 'prepared'}", "--data.name=two", "--train.batch_size=4",
+            f"--train.init_from={tmp_path / 'seed'}", "--train.max_steps=1", "--train.sample_tokens=0"]
+    assert train.main([*base, "--out", str(tmp_path / "next")]) == 0
+    _, config, _, header = ck.load_model(tmp_path / "next", which="last")
+    assert config.ffn.n_expert == 3 and config.model.n_embd == 16
+    assert header["ancestry"]["parents"][0]["run"] == str(tmp_path / "seed")
+    first = float(rows(tmp_path / "next")[0]["val_loss"])
+    assert abs(first - math.log(256)) > 0.05                                # not a fresh model
+    assert train.main([*base, "--out", str(tmp_path / "bad"), "--ffn.n_expert=8"]) == 2
+    assert "ffn.n_expert = 8" in capsys.readouterr().err
+    assert train.main([*base, "--out", str(tmp_path / "good"), "--ffn.balance_loss=0.5"]) == 0
+
+
+def test_a_sample_of_a_run_is_text(corpora, tmp_path):
+    run(corpora, tmp_path / "run", train__max_steps=1)
+    model, config, tokenizer, header = ck.load_model(tmp_path / "run")
+    assert isinstance(sample_text(model, tokenizer, tokens=5), str)
+
+
+def test_base_refuses_compile_and_auto_leaves_it_out():
+    config = load_config(None, [("ffn.router", "base"), ("ffn.top_k", "1")])
+    assert train.wants_compile(config, torch.device("cuda"))[0] is False
+    config.train.compile = "on"
+    with pytest.raises(ConfigError, match="base"):
+        train.wants_compile(config, torch.device("cpu"))
+
+
+def test_a_failed_compile_is_one_warning_in_auto_and_an_error_in_on(corpora, tmp_path, monkeypatch):
+    def backend_fails(model, **_):
+        def call(*args, **kwargs):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler here")
+        return call
+
+    monkeypatch.setattr(torch, "compile", backend_fails)
+    said = []
+    for mode in ("auto", "on"):
+        config = load_config(None, [(k, str(v)) for k, v in TINY.items()] + [
+            ("data.name", "one"), ("data.dir", str(corpora / "prepared")), ("model.vocab_size", "256"), ("train.compile", mode)])
+        folders, tokenizer = train.find_or_prepare("one", "byte", 4096, corpora / "prepared", 0, True)
+        trainer = train.Trainer(config, folders, tokenizer, torch.device("cpu"))
+        train.compile_or_say(trainer, said.append)
+        if mode == "auto":
+            assert math.isfinite(trainer.step()["loss"]) and math.isfinite(trainer.step()["loss"])
+            assert len(said) == 1 and "no compiler here" in said[0]
+        else:
+            with pytest.raises(report.TrainingError, match="no compiler here"):
+                trainer.step()
