@@ -238,8 +238,8 @@ def _gated_backward_block(da, h, w, dh, activation):
     if activation == "swiglu":
         (gate, up), (dgate, dup) = h.chunk(2, -1), dh.chunk(2, -1)
         a = F.silu(gate)
-        aten.mul.out(d, a, out=dup)
-        aten.silu_backward.grad_input(d.mul_(up), gate, grad_input=dgate)
+        dup.copy_(a).mul_(d)
+        dgate.copy_(aten.silu_backward(d.mul_(up), gate))
         a.mul_(up)
     else:
         a = ACTIVATIONS[activation](h)

@@ -225,6 +225,14 @@ class GPT(nn.Module):
             if isinstance(block.ffn, MoE):
                 block.ffn.update_bias(load)
 
+    def set_token_counts(self, counts):
+        """Before training: how often each token id occurs in the corpus, (V,), for ffn.hash_table =
+        "balanced"; nothing else looks at it."""
+        f = self.config.ffn
+        for block in self.blocks:
+            if isinstance(block.ffn, MoE) and f.router == "hash" and f.hash_table == "balanced":
+                block.ffn.router.balance(counts)
+
     def num_params(self):
         """ParamCount(total, active): a tied head counts once; of the routed experts only those that a token
         visits."""

@@ -6,13 +6,14 @@ An expert is one neuron, e_i(x) = act(x . u_i) v_i; a token uses R = h k of the 
     s_ij = q' . c_i + q" . c'_j         score of expert i m + j: 2 m dot products make m^2 scores
     y = sum over heads and their k best experts of softmax(s) act(x . u) v          (PKM: softmax(s) v)
 
-`retrieve` and `experts_readable` are the paper. The rest is about never holding the gathered rows (n, R, 2, d),
-256 KiB a token at R = 128, d = 256, each of them used once.
+`retrieve` and `experts_readable` are the paper. The rest is about never holding the gathered rows
+(n, R, 2, d), 256 KiB a token at R = 128, d = 256, each of them used once.
 
-- u_i and v_i lie side by side in one table (N, 2, d): one index, one gradient, one optimizer entry. Sub-keys and
-  experts are shared by all heads, as in the paper.
-- Queries, scores and gates are float32, also under autocast: a rounded score flips a choice. Tables stay float32
-  too, and nothing converts a table: readable converts the rows it gathered, lean and fused compute in float32.
+- u_i and v_i lie side by side in one table (N, 2, d): one index, one gradient, one optimizer entry. Sub-keys
+  and experts are shared by all heads, as in the paper.
+- Queries, scores and gates are float32, also under autocast: a rounded score flips a choice. Tables stay
+  float32 and are never converted as a whole: readable converts the rows it gathered, lean and fused compute
+  in float32.
 - A table's gradient is added to the .grad that is there, if there is one: see GatheredExperts.
 
 Axis letters: B sequences, T positions, n = B*T tokens, d width, h heads, k experts per head, R = h*k rows per
@@ -32,10 +33,11 @@ from routers import Stats
 
 class BatchNorm(nn.Module):
     """Batch norm of (n, width) whose running statistics are of use after a few steps: the mean over all batches
-    until there are 1 / momentum of them, then a moving average. (From 0 and 1, these weigh 12 % after 20 steps.)
+    until there are 1 / momentum of them, then a moving average. (The usual start at 0 and 1 weighs 12 % after
+    20 steps.)
 
-    Evaluation uses them alone: no token depends on its neighbours. Training uses the micro-batch of one process,
-    in which a padded position counts like a real one, so do not pad. ValueError for a single training token.
+    Evaluation uses them alone: no token depends on its neighbours. Training uses the micro-batch of one
+    process, in which a padded position counts like a real one: do not pad. ValueError for one training token.
     """
 
     def __init__(self, width, momentum=0.1):
@@ -50,7 +52,7 @@ class BatchNorm(nn.Module):
         if not self.training:
             return F.batch_norm(x, self.mean, self.var, self.weight, self.bias)
         if len(x) < 2:
-            raise ValueError('ffn.query_norm = "batchnorm" cannot train on one token; use more, or "layernorm"')
+            raise ValueError('ffn.query_norm = "batchnorm" cannot train on one token; take "layernorm"')
         with torch.no_grad():
             self.batches += 1
             rate = (1 / self.batches).clamp_min(self.momentum)
@@ -61,8 +63,8 @@ class BatchNorm(nn.Module):
 
 
 class Queries(nn.Module):
-    """x (n, d) -> (n, h, 2, c): linear, then batchnorm of each of the 2hc features, layernorm of each query, or
-    none. Starts at unit variance for x of unit variance."""
+    """x (n, d) -> (n, h, 2, c): linear, then batchnorm of each of the 2hc features, layernorm of each query,
+    or none. Starts at unit variance for x of unit variance."""
 
     def __init__(self, d, heads, d_key, norm):
         super().__init__()
@@ -80,9 +82,9 @@ def retrieve(q, sub_keys, k, candidates, topk):
     """The k best of the m^2 experts for each query: q (n, h, 2, c), sub_keys (2, m, c) -> scores (n, h, k),
     descending, and experts (n, h, k) int32.
 
-    Exact: the sum of ranks i and j is matched or beaten by (i + 1)(j + 1) - 1 others, so that only `candidates`,
-    the pairs with (i + 1)(j + 1) <= k, are needed. Ties: the scores are always the k highest; to which of several
-    equal experts they belong is up to topk.
+    Exact: the sum of ranks i and j is matched or beaten by (i + 1)(j + 1) - 1 others, so that only
+    `candidates`, the pairs with (i + 1)(j + 1) <= k, are needed. Ties: the scores are always the k highest; to
+    which of several equal experts they belong is up to topk.
     """
     scores, indices = topk(q, sub_keys, k)                                          # (n, h, 2, k)
     i, j = candidates                                                               # 50 pairs at k = 16
@@ -97,15 +99,17 @@ def topk_readable(q, sub_keys, k):
 
 
 class TopKLean(torch.autograd.Function):
-    """topk_readable without the (n, h, 2, m) scores (64 KiB a token at h = 8, m = 1024) and without their gradient:
-    tokens pass in slices, and backward puts a slice's k gradients among zeros and multiplies. Nothing is atomic."""
+    """topk_readable without the (n, h, 2, m) scores, 64 KiB a token at h = 8, m = 1024, and without their
+    gradient: tokens pass in slices; backward puts a slice's k gradients among zeros and multiplies, which adds
+    in a fixed order everywhere."""
 
     @staticmethod
     def forward(ctx, q, sub_keys, k):
         n, h, m = *q.shape[:2], sub_keys.shape[1]
         scores, indices = q.new_empty(n, h, 2, k), q.new_empty(n, h, 2, k, dtype=torch.int32)
+        kernel = q.is_cuda and use_triton(q)                            # a CPU could only interpret it
         for part, s, i in slices(2 * h * m, q, scores, indices):
-            s[:], i[:] = product_key_topk(part, sub_keys, k)
+            s[:], i[:] = product_key_topk(part, sub_keys, k, kernel)
         ctx.save_for_backward(q, sub_keys, indices)
         ctx.mark_non_differentiable(indices)
         return scores, indices
@@ -122,7 +126,7 @@ class TopKLean(torch.autograd.Function):
 
 
 def slices(width, *tensors):
-    """The tensors, cut along their tokens so that `width` numbers a token fit in a core's cache (GPU: 64 MiB)."""
+    """Cuts tensors along their tokens so that `width` numbers a token fill 2 MiB, a core's cache (GPU: 64)."""
     step = max(1, (2 ** 19 if tensors[0].device.type == "cpu" else 2 ** 24) // width)
     return zip(*(t.split(step) for t in tensors))
 
@@ -155,7 +159,7 @@ def sum_rows(weight, rows, idx):
 
 def lean_forward(x, table, idx, gate, activation):
     """y, and the pre-activations h (n, R) (PKM: None)."""
-    parts, rows = table.shape[1], table.view(-1, x.shape[1])            # u of expert e is row 2e, v is row 2e + 1
+    parts, rows = table.shape[1], table.view(-1, x.shape[1])            # u of expert e in row 2e, v in 2e + 1
     h = dot_rows(x, rows, idx * parts) if activation else None
     a = ACTIVATIONS[activation](h) * gate if activation else gate
     return sum_rows(a, rows, idx * parts + parts - 1), h
@@ -190,11 +194,11 @@ class GatheredExperts(torch.autograd.Function):
     which reads the rows again. `path` lean: plain PyTorch; fused: the Triton kernels. Both write the table's
     gradient in a fixed order.
 
-    That gradient: without a .grad on the table, backward returns a dense one, as any function does. With one, it
-    adds its rows to that and returns None; autograd would first fill another tensor, 2 GiB at N = 2^20, mostly
-    with zeros, and then add it. Either way loss.backward() accumulates as ever. Keep the buffer, by
-    zero_grad(set_to_none=False), on a CPU, where fresh memory is dear; drop it on CUDA, whose allocator keeps it.
-    torch.autograd.grad of a table needs table.grad = None.
+    That gradient: without a .grad on the table, backward returns a dense one, as any function does. With one,
+    it adds its rows to that and returns None; autograd would first fill another tensor, 2 GiB at N = 2^20,
+    mostly with zeros, and then add it. Either way loss.backward() accumulates as ever. Keep the buffer, by
+    zero_grad(set_to_none=False), on a CPU, where fresh memory is dear; drop it on CUDA, whose allocator keeps
+    it. torch.autograd.grad of a table needs table.grad = None.
     """
 
     @staticmethod
@@ -220,8 +224,9 @@ class GatheredExperts(torch.autograd.Function):
 def choose_path(wanted, table):
     """The path that `ffn.peer_path = auto` takes, and the refusal of an explicit one that cannot run.
 
-    PEER where Triton has a GPU: fused. Else lean on CPU and CUDA (PKM's forward is embedding_bag, one kernel).
-    Elsewhere (MPS): readable, which needs only gathers and products. ValueError for a fused that cannot run.
+    PEER on CUDA with Triton: fused. CPU, where Triton could only be interpreted, and PKM on CUDA, whose forward
+    is one kernel as it is, embedding_bag: lean. Elsewhere, on MPS: readable, which needs only gathers and
+    products. Raises ValueError for an explicit fused that cannot run.
     """
     refusal = ("PKM has no neurons" if table.shape[1] == 1 else
                "" if use_triton(table) else "it needs a CUDA device and Triton")
@@ -229,9 +234,9 @@ def choose_path(wanted, table):
         raise ValueError(f'ffn.peer_path = "fused" cannot run: {refusal}; use "auto" or "lean"')
     if wanted != "auto":
         return wanted
-    if table.is_cuda and not refusal:                    # never the interpreter, which a CPU would run
-        return "fused"
-    return "lean" if table.device.type in ("cpu", "cuda") else "readable"
+    if table.is_cuda:
+        return "lean" if refusal else "fused"
+    return "lean" if table.device.type == "cpu" else "readable"
 
 
 def second_moment(activation):
@@ -244,8 +249,8 @@ def second_moment(activation):
 class PEER(nn.Module):
     """The feed-forward layer of single-neuron experts (kind "peer"), or of values without neurons ("pkm").
 
-    PEER(config.ffn, n_embd, n_layer); forward(x (B, T, d), ctx) -> (y (B, T, d), Stats), Stats.load the router
-    weight that each of the N experts got. Causal; no sequence sees another but for BatchNorm in training.
+    PEER(config.ffn, n_embd, n_layer); forward(x (B, T, d), ctx) -> (y (B, T, d), Stats); Stats.load is the
+    router weight that each of the N experts got. Causal; no sequence sees another, but for BatchNorm in training.
     """
 
     def __init__(self, config, d, n_layer):
@@ -263,12 +268,12 @@ class PEER(nn.Module):
     @torch.no_grad()
     def init_weights(self, n_layer):
         """The output starts with the variance of the dense layer that it replaces: E[act^2] / (4 n_layer), by
-        GPT.init_weights. Here it is var(v) E[act^2] S, u being drawn like a dense first matrix, and S the expected
-        sum, over experts, of the squared gate that a token gives them. Sub-keys all have squared length 1/2: no
-        expert is favoured, scores have variance 1, and the best k are so close that softmax is nearly uniform. A
-        head gives its k experts about 1/k each (the spread adds 5 % to the square); two heads meet in k^2/N
-        experts: S = 1.05 h/k + h(h-1)/N. Sigmoid gates do not sum to 1: S is larger by (k g)^2, where
-        g = sigmoid(sqrt(2 log(N/k))) since the best k of N normal scores lie there.
+        GPT.init_weights. Here it is var(v) E[act^2] S, u being drawn like a dense first matrix, and S the
+        expected sum, over experts, of the squared gate that a token gives them. Sub-keys all have squared
+        length 1/2: no expert is favoured, scores have variance 1, and the best k are so close that softmax is
+        nearly uniform. A head gives its k experts about 1/k each (the spread adds 5 % to the square); two heads
+        meet in k^2/N experts: S = 1.05 h/k + h(h-1)/N. Sigmoid gates do not sum to 1: S is larger by (k g)^2,
+        g = sigmoid(sqrt(2 log(N/k))), since there lie the best k of N normal scores.
         """
         c, h, k, N = self.config, self.config.peer_heads, self.config.peer_top_k, self.n_expert
         S = 1.05 * h / k + h * (h - 1) / N
@@ -315,9 +320,9 @@ class PEER(nn.Module):
 
 
 def usage(load):
-    """(share of experts used, unevenness) of accumulated router weights (N,): log N + sum z log z, z the normalised
-    load; 0 when even, log N when one expert gets all (2407.04153 sec. 3.3). Sum the loads of a whole validation
-    set first: a few tokens cannot reach a million experts."""
+    """(share of experts used, unevenness) of accumulated router weights (N,): log N + sum z log z with z the
+    normalised load, 0 when even, log N when one expert gets all (2407.04153 sec. 3.3). Sum the loads of a whole
+    validation set first: a few tokens cannot reach a million experts."""
     z = load.double() / load.sum(dtype=torch.float64)
     uneven = math.log(load.numel()) - torch.special.entr(z).sum()
     return (load > 0).double().mean().item(), uneven.item()

@@ -8,7 +8,8 @@ import torch
 from tqdm import tqdm
 
 from config import sparse_layers
-from peer import usage
+from moe import choose_dispatch, grouped_refusal
+from peer import choose_path, usage
 from sample import sample_text
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second",
@@ -95,8 +96,7 @@ def describe(trainer, say, arithmetic):
     """Says what is about to run."""
     config, t, params = trainer.config, trainer.config.train, trainer.model.num_params()
     f, sparse = config.ffn, sparse_layers(config)
-    kind = "dense" if not sparse else f"{f.kind} in layers {sparse}" + (
-        f" ({f.experts} experts, {f.active} a token, router {f.router}, balance {f.balance})" if f.kind == "moe" else "")
+    kind = f"{f.kind} in layers {sparse}, {paths(trainer, sparse)}" if sparse else "dense"
     say(f"model      {config.model.n_layer} layers, {config.model.n_embd} wide, {kind}\n"
         f"           {params.total:,} parameters, {params.active:,} active, "
         f"{trainer.model.flops_per_token() / 1e6:.2f} MFLOP a token forward\n"
@@ -104,6 +104,18 @@ def describe(trainer, say, arithmetic):
     passes = ", ".join(f"{e:.2f}" for e in trainer.batches.epochs(t.max_steps))
     say(f"data       {config.data.name}, tokenizer {trainer.tokenizer.name}; {t.max_steps:,} steps of {t.batch_size} x "
         f"{config.model.block_size} tokens read it {passes} times")
+
+
+def paths(trainer, sparse):
+    """What the sparse layers hold and which path they take, said once. Raises ValueError for a path that cannot run."""
+    f, ffn = trainer.config.ffn, trainer.model.blocks[sparse[0]].ffn
+    if f.kind != "moe":
+        return f"{f.n_keys ** 2:,} rows, {f.peer_heads} heads x {f.peer_top_k} a token, " \
+               f"path {choose_path(f.peer_path, ffn.table)}"
+    x = torch.empty(0, dtype=getattr(torch, trainer.config.train.dtype), device=trainer.device)
+    path, refusal = choose_dispatch(f.dispatch, ffn.experts, x), grouped_refusal(ffn.experts, x.dtype)
+    return (f"{f.experts} experts, {f.active} a token, router {f.router}, balance {f.balance}, dispatch {path}"
+            + (f" ({refusal})" if f.dispatch == "auto" and refusal else ""))
 
 
 def finish(trainer, out, stop, say):

@@ -321,7 +321,14 @@ class Hash(nn.Module):
 
     def __init__(self, config, d, vocab_size, layer):
         super().__init__()
-        self.register_buffer("table", hash_table(vocab_size, config.experts, seed=layer))
+        self.n_expert = config.experts
+        table = hash_table(vocab_size, config.experts, seed=layer)
+        # A balanced table needs the corpus (GPT.set_token_counts): expert -1 fails at once where that is forgotten
+        self.register_buffer("table", table if config.hash_table == "random" else torch.full_like(table, -1))
+
+    def balance(self, counts):
+        """Deals the ids anew by how often each occurs in the training corpus, counts (vocab_size,)."""
+        self.table.copy_(hash_table(len(self.table), self.n_expert, counts))
 
     def forward(self, x, ctx):
         indices = self.table[ctx.token_ids.flatten()].unsqueeze(-1)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import checkpoint as ck
 from config import ConfigError, Parser, add_settings, fail, load_config, parse, show
-from data.batches import Batches, EvalBatches
+from data.batches import Batches, EvalBatches, token_counts
 from data.binfile import DataError
 from data.prepare import find_or_prepare
 from model import GPT
@@ -264,11 +264,16 @@ def run(config, out, saved=None, quiet=False):
     elif origin:
         ck.load_weights(trainer.model, origin.model, t.init_from)
         trainer.ancestry["parents"] = [origin.header["ancestry"]]
+    else:
+        trainer.model.set_token_counts(token_counts(folders, config.model.vocab_size))
     trainer.ancestry["run"] = str(out)
     if compiled:
         compile_or_say(trainer, say)
+    try:
+        describe(trainer, say, f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})")
+    except ValueError as e:                             # an explicit dispatch that these widths or this machine refuse
+        raise ConfigError(str(e)) from None
     ck.write_text(out / "config.toml", config.to_toml())
-    describe(trainer, say, f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})")
     ck.cut_log(out / "log.csv", trainer.done)
     log = Log(out / "log.csv", trainer)
     with log.file, StopSignal() as stop, progress(trainer, quiet) as bar:

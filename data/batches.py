@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.binfile import DTYPES, HEADER, DataError, read_header
+from data.binfile import DTYPES, HEADER, DataError, open_bin, read_header
 
 BLOCK = 1000            # sequences within which the weights hold exactly
 ORDER, SHIFT, MIX = 0, 1, 2     # what a random stream is for: the first number of its key
@@ -195,6 +195,16 @@ class EvalBatches:
         domain, starts = self.plan[index]
         rows = self.files[domain].read(starts)
         return *split_rows(rows), torch.full((len(rows),), domain), int(self.token_lengths[rows[:, 1:]].sum())
+
+
+def token_counts(folders, vocab_size):
+    """(vocab_size,) int64: how often each token occurs in the training parts, read a piece at a time."""
+    counts = np.zeros(vocab_size, np.int64)
+    for folder in folders:
+        tokens, _ = open_bin(Path(folder) / "train.bin")
+        for start in range(0, len(tokens), 1 << 20):
+            counts += np.bincount(tokens[start:start + (1 << 20)], minlength=vocab_size)
+    return counts
 
 
 def split_rows(rows):

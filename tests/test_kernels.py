@@ -3,9 +3,11 @@
 On a GPU the kernels run there. Without one they run in Triton's interpreter: conftest.py sets
 TRITON_INTERPRET=1 before any test file is imported, hence before triton can be, and every call here says
 `kernel=True` or `False`, so that nothing depends on the rule or on what else a test session has imported.
-The interpreter rounds to bfloat16 by cutting bits off, hence the bfloat16 tolerance. Any NumPy will do: the
-one thing that Triton 3.6's interpreter needs NumPy < 2.3 for, a `for` with a bound read from memory, the
-kernels do not use (3.6.0 and 3.7.1 ran with 2.4.6). """
+The interpreter rounds to bfloat16 by cutting bits off, hence the bfloat16 tolerance, and its tl.dot takes
+bfloat16 for integers, hence one skip. Any NumPy will do: the one thing that Triton 3.6's interpreter needs
+NumPy < 2.3 for, a `for` with a bound read from memory, the kernels do not use (3.6.0 and 3.7.1 ran with
+NumPy 2.4.6).
+"""
 import importlib.util
 import sys
 
@@ -23,7 +25,7 @@ from kernels_peer import (cartesian_candidates, peer_backward_table, peer_backwa
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 RUNS = kernels.HAS_TRITON and (CUDA or kernels.INTERPRETED)
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 needs_kernel = pytest.mark.skipif(not RUNS, reason="needs triton, and a GPU or TRITON_INTERPRET=1")
 kernel_or_twin = pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernel), False])
 either_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -36,10 +38,10 @@ def randn(*shape, dtype=torch.float32, seed=0):
 
 
 def close(actual, exact, dtype=torch.float32):
-    """Relative error in the norm; an exact zero must be met exactly."""
+    """Relative error in the norm, 0.1 added to it: a single dot product may cancel to almost nothing."""
     assert actual.shape == exact.shape
-    error = (actual.double() - exact).norm()
-    assert error <= 4 * TOLERANCE[dtype] * exact.norm(), f"{error / exact.norm():.2e}"
+    error = (actual.double() - exact).norm() / (exact.norm() + 0.1)
+    assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
 
 
 def exact(*tensors):
@@ -226,6 +228,8 @@ def test_product_key_topk_is_exact_with_ties_to_the_lower_index(T, heads, n, d, 
 @kernel_or_twin
 @either_dtype
 def test_product_key_topk_equals_torch_topk(kernel, dtype):
+    if kernel and dtype == torch.bfloat16 and kernels.INTERPRETED:
+        pytest.skip("Triton's interpreter multiplies the bit patterns of bfloat16")
     q, keys = randn(4, 3, 2, 24, dtype=dtype), randn(2, 150, 24, dtype=dtype)
     scores, indices = product_key_topk(q, keys, 8, kernel)
     wanted, order = torch.einsum("thsd,snd->thsn", q.double(), keys.double()).topk(8)

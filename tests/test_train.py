@@ -303,6 +303,23 @@ def test_a_checkpoint_of_other_code_names_what_differs(corpora, tmp_path):
         ck.load_weights(model, state, "x.pt")
 
 
+def test_a_dispatch_that_cannot_run_is_refused_and_auto_says_what_it_does_instead(corpora, tmp_path, capsys):
+    run(corpora, tmp_path / "run", status=2, ffn__d_ff=18, ffn__dispatch="grouped")
+    assert "multiples of 4" in capsys.readouterr().err
+    args = [a for a in arguments(corpora, tmp_path / "auto", ffn__d_ff=18, train__max_steps=1) if a != "--quiet"]
+    assert train.main(args) == 0
+    assert capsys.readouterr().err.count("multiples of 4") == 1
+
+
+def test_a_balanced_hash_table_follows_the_corpus(corpora, tmp_path):
+    settings = dict(ffn__router="hash", ffn__top_k=1, train__max_steps=1)
+    share = {}
+    for table in ("random", "balanced"):
+        run(corpora, tmp_path / table, ffn__hash_table=table, **settings)
+        share[table] = float(rows(tmp_path / table)[1]["max_expert_share"])
+    assert share["balanced"] < share["random"]
+
+
 # --- starting from another run ---
 
 def test_init_from_takes_the_model_and_starts_the_optimizer_anew(corpora, tmp_path, capsys):
