@@ -65,8 +65,9 @@ def save(path, header, model_state, optimizer_state=None):
     Raises CheckpointError if the disk is full or the folder cannot be written; the old file then stays.
     """
     path, model_state = Path(path), plain_names(model_state)
-    content = dict(header=json.dumps(dict(header, format=FORMAT)), model=model_state, optimizer=optimizer_state or {})
-    needed = sum(t.numel() * t.element_size() for part in ("model", "optimizer") for t in content[part].values())
+    parts = dict(model=model_state, optimizer=optimizer_state or {})
+    content = dict(header=json.dumps(dict(header, format=FORMAT)), **parts)
+    needed = sum(t.numel() * t.element_size() for part in parts.values() for t in part.values())
     partial = path.with_suffix(".tmp")
     try:
         with open(partial, "wb") as file:
@@ -79,8 +80,9 @@ def save(path, header, model_state, optimizer_state=None):
         code = getattr(e, "errno", None) or getattr(e.__cause__ or e.__context__, "errno", None)
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         if code in (errno.ENOSPC, errno.EDQUOT) or free < needed:
-            raise CheckpointError(f"{path}: the disk is full: {needed / 2**20:,.0f} MiB are needed, "
-                                  f"{free / 2**20:,.0f} MiB are free; the checkpoint before it is untouched") from None
+            raise CheckpointError(
+                f"{path}: the disk is full: {needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free; "
+                "the checkpoint before it is untouched") from None
         raise CheckpointError(f"{path}: cannot be written: {e}") from None
 
 
@@ -101,8 +103,8 @@ def load(path, device="cpu"):
     except (zipfile.BadZipFile, EOFError) as e:
         raise CheckpointError(f"{path}: damaged or cut short ({e}); delete it, or copy it again") from None
     except Exception as e:                              # unpickling a foreign file can raise anything at all
-        why = str(e).strip().split("\n")[0]
-        raise CheckpointError(f"{path}: not a checkpoint of this program ({type(e).__name__}: {why})") from None
+        why = f"{type(e).__name__}: {e}".strip().split("\n")[0]
+        raise CheckpointError(f"{path}: not a checkpoint of this program ({why})") from None
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path}: has format {header.get('format')}, this code reads format {FORMAT}")
     return checkpoint
@@ -132,15 +134,16 @@ def save_last(folder, header, model_state, optimizer_state, keep_previous=True):
 def optimizer_tensors(model, optimizer):
     """State of the optimizer by parameter name: {"blocks.0.attention.out.weight/exp_avg": tensor, ...}."""
     names = {p: n for n, p in model.named_parameters()}
-    return {f"{names[p]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    return {f"{names[p]}/{key}": value for p, state in optimizer.state.items()
+            for key, value in state.items()}
 
 
 def load_optimizer(model, optimizer, tensors):
     """Puts saved optimizer state back, parameter by parameter."""
-    for name, p in model.named_parameters():
-        state = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
-        if state:
-            optimizer.state[p] = state
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, what = key.rpartition("/")
+        optimizer.state[parameters[name]][what] = value
 
 
 def load_weights(model, state, where):
@@ -151,8 +154,8 @@ def load_weights(model, state, where):
                if n in state and state[n].shape != own[n].shape]
     for what, names in (("lacks", missing), ("has the unknown", unknown), ("differs in", changed)):
         if names:
-            raise CheckpointError(f"{where}: {what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: "
-                                  "it was saved by other code or another config")
+            some = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+            raise CheckpointError(f"{where}: {what} {some}: it was saved by other code or another config")
     model.load_state_dict(state)
 
 
@@ -185,15 +188,15 @@ class Lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a+")
         except OSError as e:
-            raise CheckpointError(f"{self.path.parent}: cannot be written ({e.strerror}); choose another folder with "
-                                  "--out") from None
+            raise CheckpointError(f"{self.path.parent}: cannot be written ({e.strerror}); choose another folder "
+                                  "with --out") from None
         try:
             if fcntl:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.file.close()
-            raise CheckpointError(f"{self.path.parent}: another process is using this run folder; wait for it, or "
-                                  "choose another with --out") from None
+            raise CheckpointError(f"{self.path.parent}: another process is using this run folder; wait for it, "
+                                  "or choose another with --out") from None
         return self
 
     def __exit__(self, *_):
@@ -207,7 +210,8 @@ def has_run(folder):
 
 def clear_run(folder):
     """Deletes what a run wrote, and nothing else."""
-    for name in (LAST, PREVIOUS, BEST, "ckpt_new.pt", "ckpt_new.tmp", "ckpt_best.tmp", "log.csv", "config.toml"):
+    for name in (LAST, PREVIOUS, BEST, "ckpt_new.pt", "ckpt_new.tmp", "ckpt_best.tmp", "log.csv",
+                 "config.toml"):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
@@ -223,7 +227,8 @@ def cut_log(path, step):
     last row that a killed process left unfinished."""
     if not Path(path).exists():
         return
-    with open(path, newline="", encoding="utf-8") as old, open(f"{path}.part", "w", newline="", encoding="utf-8") as new:
+    with (open(path, newline="", encoding="utf-8") as old,
+          open(f"{path}.part", "w", newline="", encoding="utf-8") as new):
         rows, writer = csv.reader(old), csv.writer(new)
         columns = next(rows, [])
         writer.writerow(columns)
@@ -252,7 +257,8 @@ def load_init(config, out):
     if "data.tokenizer" not in config.sources:          # read the text as the model learned to
         tokenizer = Tokenizer.from_dict(origin.header["tokenizer"])
         tokenizer.save(out / "tokenizer.json")
-        config.data.tokenizer = tokenizer.kind if tokenizer.kind in ("byte", "gpt2") else str(out / "tokenizer.json")
+        known = tokenizer.kind in ("byte", "gpt2")
+        config.data.tokenizer = tokenizer.kind if known else str(out / "tokenizer.json")
     return origin
 
 

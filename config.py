@@ -25,7 +25,7 @@ ROUTERS = {
     "gshard": "top-2, the second by chance [draws noise in training]",
     "sigmoid": "DeepSeek-V3's, for loss-free balancing",
     "sinkhorn": "S-BASE [training looks across the batch and ahead; evaluation does not]",
-    "base": "balanced assignment [training looks across the batch and ahead; evaluation does not; never compiled]",
+    "base": "balanced assignment [training looks across the batch and ahead, evaluation does not; not compiled]",
     "hash": "a fixed table of token ids",
     "rl": "REINFORCE on the token's own loss [draws noise in training]",
     "expert_choice": "experts choose among the sequences at one position [looks across the batch, always]",
@@ -61,8 +61,8 @@ class ModelConfig:
     qkv_bias: bool = opt(False, "biases on the q, k and v projections (Qwen2)")
     tie_embeddings: bool = opt(True, "the output head shares the embedding table")
     rope_base: float = opt(10000.0, "base of the rotary frequencies", low=1.0)
-    loss_chunks: int = opt(1, "compute the loss in this many slices so that the (tokens, vocabulary) logits never "
-                              "exist at once; above 1 the training forward returns no logits", low=1)
+    loss_chunks: int = opt(1, "compute the loss in this many slices so that the (tokens, vocabulary) logits "
+                           "never exist at once; above 1 the training forward returns no logits", low=1)
 
 
 @dataclass
@@ -80,36 +80,41 @@ class FFNConfig:
     n_dense_first: int = opt(0, "this many first layers stay dense (DeepSeekMoE)", low=0)
     n_expert: int = opt(8, "routed experts of a layer, before any granularity split", low=1)
     top_k: int = opt(2, "experts that a token visits, before any granularity split", low=1)
-    granularity: int = opt(1, "G: experts of hidden width d_ff/G, G times as many, G times as many visited", low=1)
+    granularity: int = opt(1, "G: experts of hidden width d_ff/G, G times as many, G times as many visited",
+                           low=1)
     d_expert: int = opt(0, "hidden width of one expert (0: d_ff / granularity)", low=0)
     n_shared: int = opt(0, "experts that every token visits, each as wide as a routed one", low=0)
     d_shared: int = opt(0, "hidden width of one shared expert, in place of n_shared of them (Qwen2)", low=0)
     shared_gate: bool = opt(False, "weigh the shared output by sigmoid(x w) (Qwen2)")
     output_norm: bool = opt(False, "a norm on the layer's output (the fine-grained paper; see expert_choice)")
-    router: str = opt("topk", "how tokens choose experts: " + "; ".join(f"{k}: {v}" for k, v in ROUTERS.items()),
+    router: str = opt("topk", "how tokens choose: " + "; ".join(f"{k}: {v}" for k, v in ROUTERS.items()),
                       choices=list(ROUTERS))
-    gate_order: str = opt("topk_then_softmax", "gates of topk and gshard-like routers: softmax over the chosen "
-                          "logits (Mixtral), or over all of them (Switch, DeepSeekMoE, Qwen2), renormalised or not",
+    gate_order: str = opt("topk_then_softmax", "gates of topk and gshard-like routers: softmax over the "
+                          "chosen logits (Mixtral), or over all of them (Switch, DeepSeekMoE, Qwen2), "
+                          "renormalised or not",
                           choices=["topk_then_softmax", "softmax_then_topk", "softmax_then_topk_renorm"])
-    balance: str = opt("auto", "what keeps the experts evenly used; auto is the router's own: loss_free for sigmoid, "
-                               "importance_load, gshard, none where a loss can change nothing, switch for the rest",
-                       choices=["auto", "none", "switch", "gshard", "importance_load", "deepseek", "btx", "loss_free"])
-    balance_loss: float = opt(0.01, "coefficient of the balance loss (w of importance_load, alpha_1 of deepseek, the "
-                                    "sequence loss beside loss_free, where 0.0001 is usual)", low=0.0)
+    balance: str = opt("auto", "what keeps the experts evenly used; auto is the router's own: loss_free for "
+                       "sigmoid, importance_load, gshard, none where a loss can change nothing, switch for "
+                       "the rest",
+                       choices=["auto", "none", "switch", "gshard", "importance_load", "deepseek", "btx",
+                                "loss_free"])
+    balance_loss: float = opt(0.01, "coefficient of the balance loss (w of importance_load, alpha_1 of "
+                              "deepseek, the sequence loss beside loss_free, where 0.0001 is usual)", low=0.0)
     load_loss: float = opt(0.01, "coefficient of the load half of importance_load", low=0.0)
     device_loss: float = opt(0.0, "alpha_2 of deepseek: balance of groups", low=0.0)
     comm_loss: float = opt(0.0, "alpha_3 of deepseek: balance of tokens sent to each group", low=0.0)
     z_loss: float = opt(0.0, "coefficient of the router z-loss (ST-MoE: 0.001)", low=0.0)
     bias_rate: float = opt(0.001, "u of loss_free: step of the selection bias", low=0.0)
-    capacity_factor: float = opt(0.0, "slots per expert in training, times k n / E; tokens beyond are dropped "
-                                      "(0: dropless)", low=0.0)
+    capacity_factor: float = opt(0.0, "slots per expert in training, times k n / E; tokens beyond are "
+                                 "dropped (0: dropless)", low=0.0)
     eval_capacity_factor: float = opt(0.0, "the same in evaluation (0: dropless)", low=0.0)
     dispatch: str = opt("auto", "how tokens travel to the experts; every choice gives the same numbers",
                         choices=["auto", "loop", "padded", "grouped", "fused"])
     jitter: float = opt(0.01, "switch: router input times U(1-j, 1+j) in training", low=0.0, high=0.99)
     n_groups: int = opt(1, "groups of experts for group-limited selection (DeepSeek-V2, V3)", low=1)
     topk_groups: int = opt(0, "groups that a token may use (0: all)", low=0)
-    route_scale: float = opt(1.0, "factor on the gates of topk and sigmoid routers (DeepSeek-V3: 2.5)", low=0.0)
+    route_scale: float = opt(1.0, "factor on the gates of topk and sigmoid routers (DeepSeek-V3: 2.5)",
+                             low=0.0)
     sinkhorn_iters: int = opt(8, "sinkhorn, base: fixed number of row and column scalings", low=1)
     sinkhorn_tau: float = opt(1.0, "sinkhorn, base: temperature of the plan", low=1e-3)
     hash_table: str = opt("random", "hash: a random table, or one balanced by the corpus's token counts",
@@ -120,9 +125,12 @@ class FFNConfig:
     peer_heads: int = opt(4, "peer, pkm: retrieval heads h", low=1)
     peer_top_k: int = opt(8, "peer, pkm: experts k that each head retrieves", low=1)
     d_key: int = opt(0, "peer, pkm: width of a query, both halves together (0: n_embd / 2)", low=0)
-    query_norm: str = opt("batchnorm", "peer, pkm: norm of the queries", choices=["batchnorm", "layernorm", "none"])
-    peer_score: str = opt("softmax", "peer, pkm: gate over the k retrieved of a head", choices=["softmax", "sigmoid"])
-    peer_activation: str = opt("gelu", "peer: non-linearity of a single-neuron expert", choices=["gelu", "relu", "silu"])
+    query_norm: str = opt("batchnorm", "peer, pkm: norm of the queries",
+                          choices=["batchnorm", "layernorm", "none"])
+    peer_score: str = opt("softmax", "peer, pkm: gate over the k retrieved of a head",
+                          choices=["softmax", "sigmoid"])
+    peer_activation: str = opt("gelu", "peer: non-linearity of a single-neuron expert",
+                               choices=["gelu", "relu", "silu"])
     peer_path: str = opt("auto", "peer, pkm: how rows are gathered; every choice gives the same numbers",
                          choices=["auto", "readable", "lean", "fused"])
 
@@ -163,8 +171,10 @@ class TrainConfig:
     warmup_steps: int = opt(100, "steps of linear warm-up", low=0)
     schedule: str = opt("cosine", "shape after the warm-up: cosine, warm-up-stable-decay, or constant",
                         choices=["cosine", "wsd", "constant"])
-    decay_share: float = opt(0.2, "wsd: share of the steps that the final linear decay takes", low=0.0, high=1.0)
-    weight_decay: float = opt(0.1, "AdamW decay of matrices; none on norms, embeddings, router biases, tables", low=0.0)
+    decay_share: float = opt(0.2, "wsd: share of the steps that the final linear decay takes", low=0.0,
+                             high=1.0)
+    weight_decay: float = opt(0.1, "AdamW decay of matrices; none on norms, embeddings, router biases, "
+                              "tables", low=0.0)
     beta1: float = opt(0.9, "AdamW", low=0.0, high=0.9999)
     beta2: float = opt(0.95, "AdamW", low=0.0, high=0.99999)
     grad_clip: float = opt(1.0, "largest global gradient norm (0: no clipping)", low=0.0)
@@ -173,14 +183,15 @@ class TrainConfig:
     eval_batches: int = opt(20, "validation batches, always the same ones", low=1)
     log_every: int = opt(1, "steps between rows of log.csv", low=1)
     save_every: int = opt(0, "steps between checkpoints (0: at every evaluation)", low=0)
-    keep: str = opt("all", "checkpoints in the run folder: all (last, the one before it, best), best (last and best), last",
-                    choices=["all", "best", "last"])
+    keep: str = opt("all", "checkpoints in the run folder: all (last, the one before it, best), best (last "
+                    "and best), last", choices=["all", "best", "last"])
     sample_every: int = opt(0, "steps between printed samples (0: only at the end)", low=0)
     sample_tokens: int = opt(200, "length of a printed sample (0: none)", low=0)
-    dtype: str = opt("auto", "arithmetic: auto is float32 on CPU and MPS, bfloat16 on CUDA; parameters stay float32",
-                     choices=["auto", "float32", "bfloat16"])
+    dtype: str = opt("auto", "arithmetic: auto is float32 on CPU and MPS, bfloat16 on CUDA; parameters stay "
+                     "float32", choices=["auto", "float32", "bfloat16"])
     device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=["auto", "cpu", "cuda", "mps"])
-    compile: str = opt("auto", "torch.compile: auto is on for CUDA and off elsewhere", choices=["auto", "on", "off"])
+    compile: str = opt("auto", "torch.compile: auto is on for CUDA and off elsewhere",
+                       choices=["auto", "on", "off"])
     init_from: str = opt("", "run folder whose weights, [model] and [ffn] this run starts from")
 
 
@@ -249,7 +260,8 @@ def find_field(key, source):
 def nearest(word, known):
     """", did you mean X?" for the known name nearest to a misspelt one, else an empty text."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.8)
-    found = found or [k for k in known if "." in word and k.endswith("." + word.split(".")[-1])]     # another section's
+    section, _, name = word.rpartition(".")
+    found = found or [k for k in known if section and k.endswith("." + name)]      # right name, wrong section
     found = found or difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""
 
@@ -289,7 +301,8 @@ def check_value(value, spec, key, source):
     if inner is float:
         items = [float(v) if type(v) is int else v for v in items]
     is_list = isinstance(value, list)
-    if any(type(v) is not inner for v in items) or is_list != (kind in (list[int], list[float])) and kind != str | list[str]:
+    fits = kind == str | list[str] or is_list == (kind in (list[int], list[float]))
+    if not fits or any(type(v) is not inner for v in items):
         raise ConfigError(f"{source}: {key} = {show(value)} is not {type_name(kind)}")
     for v in items:
         if inner is float and not math.isfinite(v):
@@ -298,8 +311,8 @@ def check_value(value, spec, key, source):
             raise ConfigError(f"{source}: {key} = {show(v)} is not one of {', '.join(meta['choices'])}"
                               f"{nearest(v, meta['choices'])}")
         if meta["low"] is not None and v < meta["low"] or meta["high"] is not None and v > meta["high"]:
-            bound = f"at least {meta['low']}" + (f" and at most {meta['high']}" if meta["high"] is not None else "")
-            raise ConfigError(f"{source}: {key} = {v} must be {bound}")
+            most = f" and at most {meta['high']}" if meta["high"] is not None else ""
+            raise ConfigError(f"{source}: {key} = {v} must be at least {meta['low']}{most}")
     return items if is_list else items[0]
 
 
@@ -341,7 +354,8 @@ def resolve(config):
     f.d_key = f.d_key or 2 * (m.n_embd // 4) or 2
     f.topk_groups = f.topk_groups or f.n_groups
     if f.balance == "auto":
-        own = dict(sigmoid="loss_free", noisy_topk="importance_load", gshard="gshard", sinkhorn="none", base="none")
+        own = dict(sigmoid="loss_free", noisy_topk="importance_load", gshard="gshard", sinkhorn="none",
+                   base="none", soft="none")
         f.balance = "none" if f.router in NO_CHOICE else own.get(f.router, "switch")
     if f.balance == "loss_free" and "ffn.balance_loss" not in config.sources:
         f.balance_loss = 0.0                            # balancing without a loss, unless one is asked for
@@ -371,12 +385,15 @@ def validate(config):
         (m.n_head % m.n_kv_head, "model.n_kv_head", f"must divide model.n_head = {m.n_head}"),
         (any(not 0 <= i < m.n_layer for i in f.moe_layers), "ffn.moe_layers",
          f"names a layer outside 0..{m.n_layer - 1}"),
-        (f.kind != "dense" and not sparse_layers(config), "ffn.n_dense_first" if f.n_dense_first else "ffn.moe_every",
+        (f.kind != "dense" and not sparse_layers(config),
+         "ffn.n_dense_first" if f.n_dense_first else "ffn.moe_every",
          f"leaves none of the {m.n_layer} layers sparse; for a dense model set ffn.kind = \"dense\""),
-        (t.batch_size % t.grad_accum, "train.batch_size", f"cannot be cut into train.grad_accum = {t.grad_accum}"),
+        (t.batch_size % t.grad_accum, "train.batch_size",
+         f"cannot be cut into train.grad_accum = {t.grad_accum}"),
         (d.weights and (not isinstance(d.name, list) or len(d.weights) != len(d.name)), "data.weights",
          "needs one number for each corpus of data.name"),
-        (d.weights and (min(d.weights) < 0 or sum(d.weights) <= 0), "data.weights", "must be at least 0, not all 0"),
+        (d.weights and (min(d.weights) < 0 or sum(d.weights) <= 0), "data.weights",
+         "must be at least 0, not all 0"),
         (d.name in ("", []) or isinstance(d.name, list) and "" in d.name, "data.name", "names no corpus"),
         (isinstance(d.name, list) and len(set(d.name)) < len(d.name), "data.name", "names a corpus twice"),
     ]
@@ -396,21 +413,27 @@ def moe_checks(config):
     f, E, k = config.ffn, config.ffn.experts, config.ffn.active
     return [
         (f.top_k > f.n_expert, "ffn.top_k", f"is more than ffn.n_expert = {f.n_expert}"),
-        (f.d_expert and f.granularity > 1, "ffn.d_expert", f"and ffn.granularity = {f.granularity} both set the width "
-         "of an expert; give one of them"),
+        (f.d_expert and f.granularity > 1, "ffn.d_expert",
+         f"and ffn.granularity = {f.granularity} both set the width of an expert; give one of them"),
         (not f.d_expert and f.d_ff % f.granularity, "ffn.granularity", f"does not divide ffn.d_ff = {f.d_ff}"),
-        (f.router in ONE_EXPERT and k > 1, "ffn.top_k", f"(times ffn.granularity) must be 1 for ffn.router = \"{f.router}\""),
-        (f.router == "gshard" and k != 2, "ffn.top_k", "(times ffn.granularity) must be 2 for ffn.router = \"gshard\""),
+        (f.router in ONE_EXPERT and k > 1, "ffn.top_k",
+         f"(times ffn.granularity) must be 1 for ffn.router = \"{f.router}\""),
+        (f.router == "gshard" and k != 2, "ffn.top_k",
+         "(times ffn.granularity) must be 2 for ffn.router = \"gshard\""),
         (f.router == "topk" and k == 1 and f.gate_order != "softmax_then_topk", "ffn.gate_order",
          "makes the only gate of a token 1, so that the router would never learn; use \"softmax_then_topk\""),
-        (f.router == "noisy_topk" and k == 1, "ffn.top_k", "of 1 makes the gate of noisy_topk constant; use 2 or more"),
+        (f.router == "noisy_topk" and k == 1, "ffn.top_k",
+         "of 1 makes the gate of noisy_topk constant; use 2 or more"),
         (E % f.n_groups, "ffn.n_groups", f"does not divide the {E} routed experts"),
         (f.topk_groups > f.n_groups, "ffn.topk_groups", f"is more than ffn.n_groups = {f.n_groups}"),
-        (f.n_groups > 1 and f.router not in ("topk", "sigmoid"), "ffn.n_groups", "works with topk and sigmoid only"),
+        (f.n_groups > 1 and f.router not in ("topk", "sigmoid"), "ffn.n_groups",
+         "works with ffn.router = \"topk\" and \"sigmoid\" only"),
         (f.n_groups > 1 and f.topk_groups * (E // f.n_groups) < k, "ffn.topk_groups",
          f"leaves {f.topk_groups * (E // f.n_groups)} experts to choose {k} from"),
-        (f.d_shared and f.n_shared, "ffn.d_shared", "and ffn.n_shared both set the shared width; give one of them"),
-        (f.shared_gate and not (f.d_shared or f.n_shared), "ffn.shared_gate", "needs ffn.d_shared or ffn.n_shared"),
+        (f.d_shared and f.n_shared, "ffn.d_shared",
+         "and ffn.n_shared both set the shared width; give one of them"),
+        (f.shared_gate and not (f.d_shared or f.n_shared), "ffn.shared_gate",
+         "needs ffn.d_shared or ffn.n_shared"),
         (f.balance == "loss_free" and f.router != "sigmoid", "ffn.balance", "needs ffn.router = \"sigmoid\""),
         (f.balance == "importance_load" and f.router != "noisy_topk", "ffn.balance",
          "needs ffn.router = \"noisy_topk\": the load estimate comes from its noise"),
@@ -422,7 +445,7 @@ def moe_checks(config):
         (f.eval_capacity_factor and f.router in ("soft", "expert_choice"), "ffn.eval_capacity_factor",
          f"has no meaning for ffn.router = \"{f.router}\""),
         (f.output_norm and k == 1 and f.router != "expert_choice", "ffn.output_norm",
-         "cancels the gate of the only expert, so that the router would never learn; use more experts a token"),
+         "cancels the gate of the only expert, so that the router would never learn; raise ffn.top_k"),
         (f.router == "domain" and (not isinstance(config.data.name, list) or len(config.data.name) != E),
          "data.name", f"must list {E} corpora, one for each expert of ffn.router = \"domain\""),
     ]
@@ -461,7 +484,8 @@ def parse(parser, argv=None):
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [o for action in parser._actions for o in action.option_strings]
-        raise ConfigError(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], known)}; see --help")
+        word = unknown[0].split("=")[0]
+        raise ConfigError(f"unknown option {word}{nearest(word, known)}; see --help")
     keys = dict(all_fields())
     overrides = [(k, v) for k, v in vars(options).items() if k in keys]
     return options, overrides

@@ -40,7 +40,8 @@ class Cache:
     head) tensors."""
 
     def __init__(self, config, batch_size, device, dtype):
-        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.n_embd // config.n_head)
+        head = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, head)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0                                         # positions filled; GPT.forward moves it on
 
@@ -75,7 +76,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
         self.head = config.n_embd // config.n_head
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head, bias=config.qkv_bias)
+        heads = self.n_head + 2 * self.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, heads * self.head, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, table, cache, layer):
@@ -142,7 +144,8 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(m.n_embd, eps=1e-5)
         self.head = nn.Linear(m.n_embd, m.vocab_size, bias=False)
         self.dropout = nn.Dropout(m.dropout)
-        self.register_buffer("rotary", rotary_table(m.n_embd // m.n_head, m.block_size, m.rope_base), persistent=False)
+        table = rotary_table(m.n_embd // m.n_head, m.block_size, m.rope_base)
+        self.register_buffer("rotary", table, persistent=False)
         self.init_weights()
         if m.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -169,7 +172,8 @@ class GPT(nn.Module):
         B, T = idx.shape
         start = 0 if cache is None else cache.length
         if start + T > self.config.model.block_size:
-            raise ValueError(f"{start + T} positions do not fit model.block_size = {self.config.model.block_size}")
+            raise ValueError(f"{start + T} positions do not fit model.block_size = "
+                             f"{self.config.model.block_size}")
         ctx = Context(idx, domain, step, cache is not None)
         table = self.rotary[:, start:start + T]
         x, stats = self.dropout(self.embedding(idx)), []                    # (B, T, d)
@@ -195,7 +199,7 @@ class GPT(nn.Module):
             logits = self.head(x)
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
             return logits, loss.view_as(targets)
-        parts = [checkpoint(slice_loss, a, t, use_reentrant=False)          # logits of a slice are made again in backward
+        parts = [checkpoint(slice_loss, a, t, use_reentrant=False)   # backward makes the slice's logits again
                  for a, t in zip(x.flatten(0, 1).chunk(chunks), targets.flatten().chunk(chunks))]
         return None, torch.cat(parts).view_as(targets)
 

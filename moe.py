@@ -285,7 +285,7 @@ def grouped_refusal(experts, dtype):
     if per_row is None:
         return f"F.grouped_mm has no {dtype}"
     if d % per_row or n % per_row:
-        return f"widths n_embd = {d} and expert {n} must be multiples of {per_row} in {str(dtype).removeprefix('torch.')}"
+        return f"widths n_embd = {d} and expert {n} must be multiples of {per_row} in {str(dtype)[6:]}"
     return ""
 
 
@@ -293,15 +293,16 @@ def choose_dispatch(wanted, experts, x):
     """The path that `ffn.dispatch = auto` takes, and the refusal of an explicit one that cannot run.
 
     CPU: grouped, expert by expert; the fastest at every shape of lab/bench.py moe (never fused, which a CPU
-    could only interpret). CUDA with Triton: fused, whose kernels move each row once and keep nothing but layer
-    input and pre-activation. Widths that the grouped product refuses, and dtypes that it does not know, take
-    the loop. Raises ValueError for an explicit grouped or fused that cannot run.
+    could only interpret). CUDA with Triton: fused, whose kernels move each row once and keep nothing but
+    layer input and pre-activation. Widths that the grouped product refuses, and dtypes that it does not know,
+    take the loop. Raises ValueError for an explicit grouped or fused that cannot run.
     """
     refusal = grouped_refusal(experts, x.dtype)
     if wanted in ("grouped", "fused") and refusal:
         raise ValueError(f"ffn.dispatch = \"{wanted}\" cannot run: {refusal}; use \"auto\" or \"loop\"")
     if wanted == "fused" and not use_triton(x):
-        raise ValueError("ffn.dispatch = \"fused\" needs a CUDA device and Triton; use \"auto\" or \"grouped\"")
+        raise ValueError("ffn.dispatch = \"fused\" needs a CUDA device and Triton; use \"auto\" or "
+                         "\"grouped\"")
     if wanted != "auto":
         return wanted
     return "loop" if refusal else "fused" if x.is_cuda and use_triton(x) else "grouped"
@@ -341,8 +342,9 @@ class MoE(nn.Module):
             shared = self.shared(x)
             y = y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
         y = y if self.norm is None else self.norm(y)
-        return y, Stats(aux, balance, z, load, dropped, entropy(routing.probs, load), top_expert(routing, (B, T)),
-                        *(None if t is None else t.view(B, T) for t in (routing.log_prob, routing.baseline)))
+        policy = (None if t is None else t.view(B, T) for t in (routing.log_prob, routing.baseline))
+        return y, Stats(aux, balance, z, load, dropped, entropy(routing.probs, load),
+                        top_expert(routing, (B, T)), *policy)
 
     def travel(self, x, routing, slots):
         path = choose_dispatch(self.config.dispatch, self.experts, x)
@@ -352,7 +354,8 @@ class MoE(nn.Module):
 
     def inactive_params(self):
         """Parameters of the routed experts that a token does not visit."""
-        return (self.experts.w_in[0].numel() + self.experts.w_out[0].numel()) * (self.config.experts - self.config.active)
+        one = self.experts.w_in[0].numel() + self.experts.w_out[0].numel()
+        return one * (self.config.experts - self.config.active)
 
     def flops_per_token(self):
         """Forward FLOPs: a multiply-add per parameter that the token meets, router and shared experts

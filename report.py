@@ -49,9 +49,9 @@ class Log:
                            tokens_per_second=round((row["tokens"] / row["step"]) / seconds, 1))
                 for what in ("loss", "grad_norm"):
                     if not math.isfinite(row[what]):
-                        raise TrainingError(f"{what} of step {row['step']} is {row[what]}; training stops, the last good "
-                                            "checkpoint is kept. Try a lower train.lr, a longer train.warmup_steps or a "
-                                            "smaller train.grad_clip")
+                        raise TrainingError(
+                            f"{what} of step {row['step']} is {row[what]}; training stops, the last good checkpoint "
+                            "is kept. Try a lower train.lr, a longer train.warmup_steps or a smaller train.grad_clip")
         return rows
 
     def write(self, rows, **more):
@@ -102,20 +102,20 @@ def describe(trainer, say, arithmetic):
         f"{trainer.model.flops_per_token() / 1e6:.2f} MFLOP a token forward\n"
         f"arithmetic {trainer.device}, {arithmetic}")
     passes = ", ".join(f"{e:.2f}" for e in trainer.batches.epochs(t.max_steps))
-    say(f"data       {config.data.name}, tokenizer {trainer.tokenizer.name}; {t.max_steps:,} steps of {t.batch_size} x "
-        f"{config.model.block_size} tokens read it {passes} times")
+    say(f"data       {config.data.name}, tokenizer {trainer.tokenizer.name}; {t.max_steps:,} steps of "
+        f"{t.batch_size} x {config.model.block_size} tokens read it {passes} times")
 
 
 def paths(trainer, sparse):
-    """What the sparse layers hold and which path they take, said once. Raises ValueError for a path that cannot run."""
+    """What the sparse layers hold, and the path they take. Raises ValueError for a path that cannot run."""
     f, ffn = trainer.config.ffn, trainer.model.blocks[sparse[0]].ffn
     if f.kind != "moe":
         return f"{f.n_keys ** 2:,} rows, {f.peer_heads} heads x {f.peer_top_k} a token, " \
                f"path {choose_path(f.peer_path, ffn.table)}"
     x = torch.empty(0, dtype=getattr(torch, trainer.config.train.dtype), device=trainer.device)
     path, refusal = choose_dispatch(f.dispatch, ffn.experts, x), grouped_refusal(ffn.experts, x.dtype)
-    return (f"{f.experts} experts, {f.active} a token, router {f.router}, balance {f.balance}, dispatch {path}"
-            + (f" ({refusal})" if f.dispatch == "auto" and refusal else ""))
+    return (f"{f.experts} experts, {f.active} a token, router {f.router}, balance {f.balance}, "
+            f"dispatch {path}" + (f" ({refusal})" if f.dispatch == "auto" and refusal else ""))
 
 
 def finish(trainer, out, stop, say):
@@ -125,11 +125,11 @@ def finish(trainer, out, stop, say):
         return say(f"stopped by {stop.name} after step {trainer.done}; everything is saved. Go on with:\n"
                    f"  python train.py --out {out} --resume")
     if t.sample_tokens:
-        say("--- sample ---\n" + sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed)
-            + "\n--------------")
-    say(f"best validation loss {trainer.best:.4f} nats a token after {trainer.done} steps, {trainer.seconds:.0f} s of "
-        f"training. Next:\n"
+        text = sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed)
+        say(f"--- sample ---\n{text}\n--------------")
+    say(f"best validation loss {trainer.best:.4f} nats a token; {trainer.done} steps took {trainer.seconds:.0f} s. "
+        f"Next:\n"
         f"  python sample.py {out} --prompt \"def \" --show-experts\n"
         f"  python -m lab.plots {out}\n"
         f"  python train.py --out {out} --resume --train.max_steps {2 * t.max_steps}\n"
-        f"  python train.py configs/dense.toml          (other configs: ls configs)")
+        f"  python train.py configs/dense.toml        # other models: ls configs")

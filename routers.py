@@ -37,7 +37,7 @@ class Stats(NamedTuple):
     dropped: Tensor                     # () share of the pairs that found no slot
     entropy: Tensor                     # () mean entropy of the routing distribution, nats
     top_expert: Tensor                  # (B, T) the expert of largest weight
-    log_prob: Tensor | None = None      # (B, T) of the sampled expert, and the reward expected for it: a router that
+    log_prob: Tensor | None = None      # (B, T) of the sampled expert, and the reward expected: a router that
     baseline: Tensor | None = None   # learns from the token's own loss (rl) leaves its objective to the model
 
 
@@ -323,7 +323,8 @@ class Hash(nn.Module):
         super().__init__()
         self.n_expert = config.experts
         table = hash_table(vocab_size, config.experts, seed=layer)
-        # A balanced table needs the corpus (GPT.set_token_counts): expert -1 fails at once where that is forgotten
+        # A balanced table needs the corpus (GPT.set_token_counts): expert -1 fails at once where that is
+        # forgotten
         self.register_buffer("table", table if config.hash_table == "random" else torch.full_like(table, -1))
 
     def balance(self, counts):

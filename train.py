@@ -117,7 +117,8 @@ class Trainer:
         torch.manual_seed(t.seed)
         self.model = GPT(config).to(device)
         self.optimizer = build_optimizer(self.model, t, device)
-        self.batches = Batches(folders, config.data.weights, config.model.block_size, t.batch_size, config.data.seed)
+        self.batches = Batches(folders, config.data.weights, config.model.block_size, t.batch_size,
+                               config.data.seed)
         names = config.data.name
         self.corpora = names if isinstance(names, list) else [names]
         self.forward = self.model
@@ -149,7 +150,7 @@ class Trainer:
         t, rate = self.config.train, learning_rate(self.done, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad()
+        self.zero_grad()
         self.model.train()
         losses, aux, stats = zip(*(self.micro_step(micro) for micro in range(t.grad_accum)))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
@@ -159,6 +160,15 @@ class Trainer:
         self.done += 1
         return dict(step=self.done, tokens=self.tokens, lr=rate, loss=sum(losses) / t.grad_accum,
                     aux_loss=sum(aux) / t.grad_accum, grad_norm=norm, layers=layers)
+
+    def zero_grad(self):
+        """Lets the gradients go; a PEER table on a CPU keeps its buffer, since 2 GiB of fresh memory cost
+        more than the backward pass that fills it."""
+        for name, p in self.model.named_parameters():
+            if p.grad is not None and name.endswith("ffn.table") and p.device.type == "cpu":
+                p.grad.zero_()
+            else:
+                p.grad = None
 
     @torch.no_grad()
     def evaluate(self, valid):
@@ -171,7 +181,8 @@ class Trainer:
                 out = self.model(x.to(self.device), y.to(self.device), domain=domain.to(self.device))
             total = sums[self.corpora[domain[0]]]
             total[:] = total[0] + out.loss.item() * y.numel(), total[1] + y.numel(), total[2] + n_bytes
-        return {name: (nats / tokens, nats / n_bytes / math.log(2)) for name, (nats, tokens, n_bytes) in sums.items()}
+        return {name: (nats / tokens, nats / n_bytes / math.log(2))
+                for name, (nats, tokens, n_bytes) in sums.items()}
 
     def header(self):
         """What a checkpoint says beside its tensors."""
@@ -180,8 +191,8 @@ class Trainer:
 
     def save(self, out):
         """Writes everything that is needed to go on exactly."""
-        ck.save_last(out, self.header(), self.model.state_dict(), ck.optimizer_tensors(self.model, self.optimizer),
-                     self.config.train.keep == "all")
+        state = self.model.state_dict(), ck.optimizer_tensors(self.model, self.optimizer)
+        ck.save_last(out, self.header(), *state, keep_previous=self.config.train.keep == "all")
 
     def restore(self, saved):
         """Takes up a Checkpoint where it stopped."""
@@ -220,7 +231,7 @@ def compile_or_say(trainer, say):
                 raise TrainingError(f"train.compile = \"on\", but torch.compile failed: {why}") from None
             say(f"warning: torch.compile failed, training goes on uncompiled: {why}")
             trainer.forward, trainer.micro_step = trainer.model, eager
-            trainer.optimizer.zero_grad()
+            trainer.zero_grad()
             return eager(micro)
 
     trainer.micro_step = micro_step
@@ -258,7 +269,8 @@ def run(config, out, saved=None, quiet=False):
                                          config.data.dir or None, config.data.max_tokens, quiet)
     check_vocabulary(config, tokenizer, origin)
     trainer = Trainer(config, folders, tokenizer, device)
-    valid = EvalBatches(folders, config.model.block_size, t.batch_size, t.eval_batches, tokenizer.token_lengths())
+    valid = EvalBatches(folders, config.model.block_size, t.batch_size, t.eval_batches,
+                        tokenizer.token_lengths())
     if saved:
         trainer.restore(saved)
     elif origin:
@@ -271,7 +283,7 @@ def run(config, out, saved=None, quiet=False):
         compile_or_say(trainer, say)
     try:
         describe(trainer, say, f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})")
-    except ValueError as e:                             # an explicit dispatch that these widths or this machine refuse
+    except ValueError as e:                             # a dispatch that these widths or this machine refuse
         raise ConfigError(str(e)) from None
     ck.write_text(out / "config.toml", config.to_toml())
     ck.cut_log(out / "log.csv", trainer.done)
@@ -294,14 +306,14 @@ def loop(trainer, out, log, valid, stop, bar, say):
         if evaluates or saves or len(log.rows) >= log.patience:
             rows = log.settle()
             last = rows[-1]
-            bar.set_postfix_str(f"loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s", False)
             log.write(rows, **(assess(trainer, out, valid, say) if evaluates else {}))
         bar.update()
         if saves:
             trainer.save(out)
         if due(trainer.done, t.sample_every) and not ends:
             say(sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed))
-        if not log.rows:                             # else the clock is running for rows that are not settled yet
+        if not log.rows:                         # else the clock is running for rows that are not settled yet
             log.since = time.perf_counter()
 
 
@@ -329,21 +341,26 @@ def check_vocabulary(config, tokenizer, origin):
     """Sets model.vocab_size from the tokenizer; raises ConfigError where model, checkpoint and data do not
     fit."""
     if origin and origin.header["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-        raise ConfigError(f"data.name = {show(config.data.name)} was prepared with another tokenizer ({tokenizer.name}) than "
-                          "the checkpoint was trained with; prepare it with that one (data.tokenizer)")
+        raise ConfigError(f"data.name = {show(config.data.name)} was prepared with another tokenizer "
+                          f"({tokenizer.name}) than the checkpoint was trained with; set data.tokenizer to that one")
     if config.model.vocab_size and config.model.vocab_size < tokenizer.vocab_size:
         config.fail("model.vocab_size", f"is less than the {tokenizer.vocab_size} tokens of the tokenizer")
     config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
 
 
 def build_parser():
-    parser = Parser(prog="train.py", allow_abbrev=False, description="Train a GPT with a dense or sparse feed-forward "
-                    "layer.", usage="%(prog)s [CONFIG.toml] [--out DIR] [--resume | --overwrite] [--quiet] [--section.key VALUE ...]")
-    parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="settings (default: configs/quick.toml)")
+    parser = Parser(prog="train.py", allow_abbrev=False,
+                    description="Train a GPT with a dense or sparse feed-forward layer.",
+                    usage="%(prog)s [CONFIG.toml] [--out DIR] [--resume | --overwrite] [--quiet] "
+                          "[--section.key VALUE ...]")
+    parser.add_argument("config", nargs="?", metavar="CONFIG.toml",
+                        help="settings (default: configs/quick.toml)")
     parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/<config name>)")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on with the run in the folder, exactly where it stopped")
-    how.add_argument("--overwrite", action="store_true", help="start anew in a folder that already holds a run")
+    how.add_argument("--resume", action="store_true",
+                     help="go on with the run in the folder, exactly where it stopped")
+    how.add_argument("--overwrite", action="store_true",
+                     help="start anew in a folder that already holds a run")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     add_settings(parser)
     return parser
@@ -354,7 +371,8 @@ def main(argv=None):
     for."""
     try:
         options, overrides = parse(build_parser(), argv)
-        path = options.config or (None if options.resume and options.out else str(HERE / "configs" / "quick.toml"))
+        given = options.config or options.resume and options.out
+        path = options.config if given else str(HERE / "configs" / "quick.toml")
         out = Path(options.out or Path("runs") / Path(path).stem)
         with ck.Lock(out):
             saved = None
@@ -364,8 +382,8 @@ def main(argv=None):
             else:
                 config = load_config(path, overrides)
                 if ck.has_run(out) and not options.overwrite:
-                    raise ConfigError(f"{out} already holds a run; add --resume to go on with it, --overwrite to replace "
-                                      "it, or --out DIR")
+                    raise ConfigError(f"{out} already holds a run; add --resume to go on with it, --overwrite to "
+                                      "replace it, or --out DIR")
                 ck.clear_run(out)
             run(config, out, saved, options.quiet)
     except (ConfigError, DataError) as e:

@@ -1,18 +1,19 @@
-"""python -m lab.bench peer: retrieval and expert paths of a PEER layer apart, then the whole layer beside others.
+"""python -m lab.bench peer: expert paths and retrieval of a PEER layer apart, then whole layers.
 
-Gradient buffers are kept, on every side: a pass adds to the .grad that is there, as in every step but the first of a
-run that keeps them. Whole layers are also run by PEER-pytorch (pip install PEER-pytorch) where it is importable, with
-its competing scores: its default takes one expert per head, 8 rows of each table in place of 128.
+Gradient buffers are kept, on every side: a pass adds to the .grad that is there, as all steps but the first
+do in a run that keeps them. Where PEER-pytorch is importable (pip install PEER-pytorch), it runs whole layers
+too, with competing scores: its default takes one expert per head, 8 rows of each table in place of 128.
 """
 import copy
 import dataclasses
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
 
 from config import load_config
 from kernels import HAS_TRITON
-from lab.measure import INPUTS, Arm, check, make_row, measure, print_table
+from lab.measure import INPUTS, Arm, check, make_row, measure, print_table, saved_mib
 from moe import MLP
 from peer import PEER, GatheredExperts, TopKLean, experts_readable, retrieve, topk_readable
 from routers import Context
@@ -21,29 +22,30 @@ CHECKED = 256           # tokens that correctness is checked on: the oracle hold
 
 
 class PEERShape(NamedTuple):
-    """A layer of m^2 experts: T tokens of width d, h heads that retrieve k experts each by queries of width d_key."""
+    """m^2 experts; T tokens of width d; h heads that retrieve k experts each by a query of width d_key."""
     m: int
     d: int
     h: int
     k: int
     T: int
     d_key: int = 128
-    id: str = ""                    # of PERFORMANCE.md
+    label: str = ""                 # P1 to P3
 
     def __str__(self):
-        return f"{self.id} N{self.m}^2 T{self.T} d{self.d} h{self.h} k{self.k}".strip()
+        return f"{self.label} N{self.m}^2 T{self.T} d{self.d} h{self.h} k{self.k}".strip()
 
-    def floor_bytes(self, dtype):
-        """What a forward pass must read: the chosen rows of both tables. Backward must read them again, and write as
-        many numbers of their gradient: both directions together take three times this."""
+    def chosen_bytes(self, dtype):
+        """Size of the chosen rows of both tables. A forward pass must read as much; forward and backward move
+        three times as much: they read the rows again and write as many numbers of gradient."""
         return self.T * self.h * self.k * 2 * self.d * dtype.itemsize
 
 
 # The first two are `--shapes quick`.
 PEER_SHAPES = dict(
-    cpu=[PEERShape(64, 128, 4, 8, 1024, 64), PEERShape(128, 256, 8, 16, 1024), PEERShape(1024, 256, 8, 16, 1024)],
-    cuda=[PEERShape(1024, 256, 8, 16, 16384, id="P1"), PEERShape(1024, 512, 8, 16, 16384, id="P2"),
-          PEERShape(1024, 1024, 8, 16, 16384, id="P3"), PEERShape(1024, 512, 8, 16, 65536, id="P2")])
+    cpu=[PEERShape(64, 128, 4, 8, 1024, d_key=64), PEERShape(128, 256, 8, 16, 1024),
+         PEERShape(1024, 256, 8, 16, 1024)],
+    cuda=[PEERShape(1024, 256, 8, 16, 16384, label="P1"), PEERShape(1024, 512, 8, 16, 16384, label="P2"),
+          PEERShape(1024, 1024, 8, 16, 16384, label="P3"), PEERShape(1024, 512, 8, 16, 65536, label="P2")])
 
 
 def build_peer(shape, dtype, device):
@@ -57,18 +59,44 @@ def build_peer(shape, dtype, device):
     return layer
 
 
+class Contestant(NamedTuple):
+    forward: Callable               # forward(i) -> output, on input set i
+    flops: float                    # of the forward pass, as the next
+    floor_ms: float
+    saved_mib: float | None = None
+
+
+def rows_of(machine, title, dtype, contestants, leaves):
+    """Rows of the contestants {name: Contestant}, forward and forward+backward, three times the work.
+    Gradients are added to kept ones of the leaves; that of the output is the output itself."""
+    def both(forward, i):
+        y = forward(i)
+        y.backward(y.detach())
+
+    for t in leaves:
+        t.grad = torch.zeros_like(t)
+    rows = []
+    for direction, times in ("fwd", 1), ("fwd+bwd", 3):
+        arms = {name: Arm(c.forward if times == 1 else partial(both, c.forward), c.flops * times,
+                          c.floor_ms * times, c.saved_mib) for name, c in contestants.items()}
+        rows += measure(machine, "peer", title, dtype, direction, arms)
+    return rows
+
+
+# ---- the experts alone ----
+
 def draw_experts(shape, spread, device):
-    """Experts (T, R) int32: uniform, or Zipf(1): expert of rank r, in an order of no meaning, with probability ~ 1/r."""
+    """(T, R) int32: uniform, or Zipf(1): the expert of rank r with probability ~ 1/r, ranks at random."""
     N, pairs = shape.m ** 2, (shape.T, shape.h * shape.k)
     if spread == "uniform":
         return torch.randint(N, pairs, device=device, dtype=torch.int32)
-    rank = torch.rand(pairs, device=device, dtype=torch.float64).mul_(torch.tensor(float(N)).log()).exp_().long() - 1
-    return torch.randperm(N, device=device)[rank.clamp_(max=N - 1)].int()
+    rank = N ** torch.rand(pairs, device=device, dtype=torch.float64)           # density 1 / rank on [1, N]
+    return torch.randperm(N, device=device)[rank.long().clamp_(1, N) - 1].int()
 
 
-def expert_paths(dtype, device):
-    """{name: path(x, table, idx, gate)}. The tables of a model are float32; in bfloat16, readable and lean need the
-    gates rounded as well, the kernels do not."""
+def paths_of(dtype, device):
+    """{name: path(x, table, idx, gate)}. A model's tables are float32; where they are bfloat16, readable and
+    lean want the gates rounded too, the kernels do not."""
     def readable(x, table, idx, gate):
         return experts_readable(x, table, idx, gate.to(dtype), "gelu")
 
@@ -85,72 +113,62 @@ def expert_paths(dtype, device):
 
 
 def check_experts(shape, dtype, paths, table, x, idx, gate):
-    """Every path on the whole table against the readable one in float64 on the rows that are chosen; no other row may
-    get a gradient."""
-    names = "output", "gradient of input", "gradient of gates", "gradient of chosen rows"
-    dy = torch.randn_like(x)
-    chosen, place = idx.unique(return_inverse=True)
+    """Every path, on the whole table, against the readable one in float64 on the chosen rows. No other row
+    may get a gradient."""
+    names = "output", "gradient of x", "gradient of the gates", "gradient of the table"
+    dy, (chosen, place) = torch.randn_like(x), idx.long().unique(return_inverse=True)
     leaves = [t.detach().double().requires_grad_() for t in (x, gate, table.index_select(0, chosen))]
     y = experts_readable(leaves[0], leaves[2], place, leaves[1], "gelu")
     want = [y, *torch.autograd.grad(y, leaves, dy.double())]
     for name, path in paths.items():
-        table.grad, (a, b) = None, (t.detach().requires_grad_() for t in (x, gate))
-        y = path(a, table, idx, b)
+        table.grad, (x, gate) = None, (t.detach().requires_grad_() for t in (x, gate))
+        y = path(x, table, idx, gate)
         y.backward(dy)
         rows = table.grad.index_select(0, chosen)
-        if table.grad.index_fill_(0, chosen.long(), 0).count_nonzero():
-            rows = rows + torch.nan                                     # fails the check, by its name
-        check(name, shape, names, [y, a.grad, b.grad, rows], want, dtype)
-
-
-class Contestant(NamedTuple):
-    forward: Callable               # forward(i) -> output, on input set i
-    flops: float                    # of the forward pass
-    floor_ms: float                 # of the forward pass
-
-
-def both_ways(machine, title, dtype, contestants, leaves):
-    """Rows of the contestants {name: Contestant}, forward and forward+backward, which takes three times the FLOPs and
-    the floor. Gradients are added to the kept ones of the leaves."""
-    for t in leaves:
-        t.grad = torch.zeros_like(t)
-    rows = []
-    for direction, factor in ("fwd", 1), ("fwd+bwd", 3):
-        arms = {}
-        for name, c in contestants.items():
-            dy = torch.randn_like(c.forward(0))
-            run = c.forward if factor == 1 else lambda i, c=c, dy=dy: c.forward(i).backward(dy)
-            arms[name] = Arm(run, c.flops * factor, c.floor_ms * factor)
-        rows += measure(machine, "peer", title, dtype, direction, arms)
-    return rows
+        if table.grad.index_fill_(0, chosen, 0).count_nonzero():
+            rows = rows * torch.nan                     # fails the check under its name
+        check(name, shape, names, [y, x.grad, gate.grad, rows], want, dtype)
 
 
 def bench_experts(machine, shape, dtype, layer, spread):
-    """Rows of the expert paths alone, on given experts and gates, after the floor."""
-    device, table, pairs = machine.device, layer.table, (shape.T, shape.h * shape.k)
-    sets = [(torch.randn(shape.T, shape.d, device=device).to(dtype).requires_grad_(), draw_experts(shape, spread, device),
-             torch.rand(pairs, device=device).div_(shape.k).requires_grad_()) for _ in range(INPUTS)]
-    paths = expert_paths(dtype, device)
-    check_experts(shape, dtype, paths, table, *(t.detach()[:CHECKED] for t in sets[0]))
-    title, floor = f"{shape} experts alone, {spread}", shape.floor_bytes(dtype) / machine.copy * 1e3
-    flops = 4 * shape.d * pairs[0] * pairs[1]                   # x . u and the sum of v: a multiply-add per number
-    rows = [make_row("peer", device, title, "floor", dtype, direction, ms, None, Arm(None, 0, ms), None)
-            for direction, ms in (("fwd", floor), ("fwd+bwd", 3 * floor))]
-    contestants = {name: Contestant(lambda i, path=path: path(sets[i][0], table, *sets[i][1:]), flops, floor)
+    """Rows of the expert paths on given experts and gates, after the floor."""
+    device, table, (n, R) = machine.device, layer.table, (shape.T, shape.h * shape.k)
+    xs = [torch.randn(n, shape.d, device=device).to(dtype).requires_grad_() for _ in range(INPUTS)]
+    gates = [torch.rand(n, R, device=device).div_(shape.k).requires_grad_() for _ in range(INPUTS)]
+    experts = [draw_experts(shape, spread, device) for _ in range(INPUTS)]
+    paths = paths_of(dtype, device)
+    check_experts(shape, dtype, paths, table, *(t[0].detach()[:CHECKED] for t in (xs, experts, gates)))
+
+    def forward(path, i):
+        return path(xs[i], table, experts[i], gates[i])
+
+    title, floor = f"{shape} experts alone, {spread}", machine.copy_ms(shape.chosen_bytes(dtype))
+    flops = 4 * n * R * shape.d                         # x . u and the sum of v: a multiply-add per number
+    saved = {name: saved_mib(partial(forward, path, 0), [table]) for name, path in paths.items()}
+    contestants = {name: Contestant(partial(forward, path), flops, floor, saved[name])
                    for name, path in paths.items()}
-    leaves = [table, *(t for x, _, gate in sets for t in (x, gate))]
-    return rows + both_ways(machine, title, dtype, contestants, leaves)
+    floors = [make_row("peer", device, title, "floor", dtype, direction, Arm(None, 0, ms), ms)
+              for direction, ms in (("fwd", floor), ("fwd+bwd", 3 * floor))]
+    return floors + rows_of(machine, title, dtype, contestants, [table, *xs, *gates])
 
 
-def bench_retrieval(machine, shape, dtype, layer, xs):
-    """Rows of retrieval alone, queries included, always float32: materialised scores, and in slices or by the kernel."""
-    c = layer.config
-    flops = shape.T * c.peer_heads * (2 * shape.d * c.d_key + 2 * c.n_keys * c.d_key + layer.candidates.shape[1])
-    floor = flops / machine.matmul[torch.float32] * 1e3
-    contestants = {name: Contestant(lambda i, topk=topk: retrieve(layer.queries(xs[i][0]), layer.sub_keys, shape.k,
-                                                                  layer.candidates, topk)[0], flops, floor)
-                   for name, topk in (("readable", topk_readable), ("lean, fused", TopKLean.apply))}
-    return both_ways(machine, f"{shape} retrieval alone", dtype, contestants, [*xs, *layer.parameters()])
+# ---- retrieval alone, whole layers ----
+
+def bench_retrieval(machine, shape, layer, xs):
+    """Rows of retrieval, queries included, always float32: with all scores at once, or as TopKLean has it."""
+    def forward(topk, i):
+        queries = layer.queries(xs[i][0])                                           # (T, h, 2, d_key / 2)
+        return retrieve(queries, layer.sub_keys, shape.k, layer.candidates, topk)[0]            # (T, h, k)
+
+    c, dtype = layer.config, torch.float32
+    per_head = 2 * shape.d * c.d_key + 2 * c.n_keys * c.d_key + layer.candidates.shape[1]
+    flops = shape.T * c.peer_heads * per_head
+    paths = {"readable": topk_readable, "lean, fused": TopKLean.apply}
+    scores = [forward(topk, 0) for topk in paths.values()]
+    check("lean, fused", shape, ["scores"], scores[1:], scores[:1], dtype)
+    contestants = {name: Contestant(partial(forward, topk), flops, machine.compute_ms(flops, dtype))
+                   for name, topk in paths.items()}
+    return rows_of(machine, f"{shape} retrieval alone", dtype, contestants, [*xs, *layer.parameters()])
 
 
 def their_layer(shape):
@@ -163,48 +181,62 @@ def their_layer(shape):
                   dim_key=shape.d_key // 2, non_competing_scores=False)
 
 
+def layer_paths(dtype, device):
+    """Values of peer_path that a whole layer with tables of this dtype runs by, the best last."""
+    paths = [path for path in paths_of(dtype, device) if path != "readable compiled"]
+    return paths if dtype == torch.float32 else ["fused"]
+
+
 def bench_layer(machine, shape, dtype, layer, xs):
-    """Rows of whole layers: the dense twin of equal FLOPs, every path (bfloat16 tables: fused alone), PEER-pytorch."""
+    """Rows of whole layers: the dense twin of equal FLOPs, our paths (with bfloat16 tables fused alone), and
+    PEER-pytorch. TFLOP/s count what ours needs."""
     device, flops = machine.device, layer.flops_per_token() * shape.T
     ctx = Context(torch.zeros(1, shape.T, dtype=torch.long, device=device))
-    dense = MLP(shape.d, max(8, round(flops / shape.T / (6 * shape.d * 8)) * 8), "swiglu").to(device, dtype)
-    floor = shape.floor_bytes(dtype) / machine.copy * 1e3
-    contestants = {"dense": Contestant(lambda i: dense(xs[i]), flops, flops / machine.matmul[dtype] * 1e3)}
-    for path in expert_paths(dtype, device):
-        if "compiled" not in path and (dtype == torch.float32 or path == "fused"):
-            twin = copy.copy(layer)
-            twin.config = dataclasses.replace(layer.config, peer_path=path)
-            contestants[path] = Contestant(lambda i, twin=twin: twin(xs[i], ctx)[0], flops, floor)
+    width = max(8, round(layer.flops_per_token() / (2 * 3 * shape.d * 8)) * 8)
+    modules = {"dense": MLP(shape.d, width, "swiglu").to(device, dtype)}
+    for path in layer_paths(dtype, device):
+        modules[path] = copy.copy(layer)
+        modules[path].config = dataclasses.replace(layer.config, peer_path=path)
     theirs = their_layer(shape)
     if theirs is not None:
-        theirs.to(device, dtype)
-        contestants["PEER-pytorch"] = Contestant(lambda i: theirs(xs[i]), flops, floor)
-    leaves = [*xs, *layer.parameters(), *dense.parameters(), *(theirs.parameters() if theirs is not None else ())]
-    return both_ways(machine, f"{shape} layer", dtype, contestants, leaves)
+        modules["PEER-pytorch"] = theirs.to(device, dtype)
+
+    def forward(module, i):
+        return module(xs[i], ctx)[0] if isinstance(module, PEER) else module(xs[i])
+
+    floor = machine.copy_ms(shape.chosen_bytes(dtype))
+    contestants = {name: Contestant(partial(forward, m), flops, floor) for name, m in modules.items()}
+    contestants["dense"] = contestants["dense"]._replace(floor_ms=machine.compute_ms(flops, dtype))
+    leaves = {p for module in modules.values() for p in module.parameters()}
+    return rows_of(machine, f"{shape} layer", dtype, contestants, [*xs, *leaves])
 
 
 def compare(rows):
-    """Prints, for the fastest of our paths, its time beside PEER-pytorch's and its memory beside the readable path's."""
+    """Prints what our fastest path needs beside the readable one and PEER-pytorch."""
     both = {row["path"]: row for row in rows if row["direction"] == "fwd+bwd" and row["ms"]}
-    ours = min((both[p] for p in ("readable", "lean", "fused") if p in both), key=lambda row: row["ms"])
-    for path in both.keys() & {"PEER-pytorch", "readable"} - {ours["path"]}:
-        print(f"  fwd+bwd: {ours['path']} takes {ours['ms'] / both[path]['ms']:.2f} of the time of {path} and "
-              f"{ours['peak_mib'] / both[path]['peak_mib']:.3f} of its peak memory")
+    ours = [row for path, row in both.items() if path in ("readable", "lean", "fused")][-1]
+    for path in "readable", "PEER-pytorch":
+        if path in both and path != ours["path"]:
+            time, peak = (ours[key] / both[path][key] for key in ("ms", "peak_mib"))
+            print(f"  fwd+bwd: {ours['path']} takes {time:.2f} of the time of {path}, {peak:.3f} of its peak")
 
 
 def bench_peer(machine, shapes):
     """Yields the rows of one table at a time. BenchError if a path is wrong."""
-    print("A PEER layer in parts: its experts alone by each path, beside the floor (the time in which a copy moves as many\n"
-          "bytes as the chosen rows hold); retrieval alone; whole layers, beside the dense layer of equal active FLOPs.\n"
-          "Peak: beyond tables and their gradients. Every path of the experts was checked against float64 first.")
+    print("A PEER layer in parts: its experts alone by each path, beside the floor, the time in which a\n"
+          "copy moves as many bytes as the chosen rows hold; retrieval alone; whole layers, beside the\n"
+          "dense one of equal FLOPs. Peak: beyond tables and their gradients. Before it is timed, every\n"
+          "path of the experts is checked against float64: output and all gradients.")
+    dtypes = [torch.float32] + [torch.bfloat16] * (machine.device == "cuda" and HAS_TRITON)
     for shape in shapes:
-        for dtype in (torch.float32, torch.bfloat16) if machine.device == "cuda" else (torch.float32,):
+        for dtype in dtypes:
             layer = build_peer(shape, dtype, machine.device)
-            xs = [torch.randn(1, shape.T, shape.d, device=machine.device).to(dtype).requires_grad_() for _ in range(INPUTS)]
             for spread in "uniform", "zipf":
                 yield print_table(bench_experts(machine, shape, dtype, layer, spread))
+            xs = [torch.randn(1, shape.T, shape.d, device=machine.device).to(dtype).requires_grad_()
+                  for _ in range(INPUTS)]
             if dtype == torch.float32:
-                yield print_table(bench_retrieval(machine, shape, dtype, layer, xs))
-            rows = bench_layer(machine, shape, dtype, layer, xs)
-            yield print_table(rows)
+                yield print_table(bench_retrieval(machine, shape, layer, xs))
+            rows = print_table(bench_layer(machine, shape, dtype, layer, xs))
             compare(rows)
+            yield rows

@@ -1,13 +1,16 @@
 """How lab/bench.py measures: clocks, memory, ceilings, the check before any timing, and the table.
 
-- Time. All arms of a comparison run in turn, round after round, so that a slow moment of the machine hits each
-  of them; reported are the median of the rounds and the median of the ratios within a round. Three input sets
-  take turns. CUDA: events on the stream, read after the last round. A round on a CPU is perf_counter.
-- Peak memory: the most that was alive at once during a call beyond what was alive before it, so without weights
-  and inputs, but with outputs and fresh gradients. CUDA: the allocator's own count. CPU: PyTorch's profiler
-  notes every allocation of its allocator, operators' temporaries included; what MKL takes for itself is not seen.
+- Time. All arms of a comparison run in turn, round after round, so that a slow moment of the machine hits
+  each of them; reported are the median of the rounds and the median of the ratios within a round. Three input
+  sets take turns. CUDA: events on the stream, read after the last round; 1 GiB of zeros is written before
+  each run, which empties the L2 cache and lets the host get ahead, as it is in training.
+- Forward is that of training: autograd records it.
+- Peak memory: the most that was alive at once during a run beyond what was alive before it: without weights
+  and inputs, with outputs and fresh gradients. CUDA: the allocator's own count. CPU: PyTorch's profiler notes
+  every allocation, operators' temporaries included; what MKL takes for itself is not seen.
 - Saved memory: what autograd keeps from forward to backward, each storage once, parameters left out.
 - Ceilings: the best matrix product and the best copy that this machine shows, not the ones on its data sheet.
+  A share above 100 % says that it was busy with something else while they were measured.
 """
 import os
 import platform
@@ -16,14 +19,15 @@ import time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")      # the profiler greets on stderr; read when torch is imported
+import torch
 
-import torch  # noqa: E402
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")          # else the profiler greets on stderr
 
-KEYS = ("bench", "device", "shape", "path", "dtype", "direction", "ms", "ratio_to_dense", "tflops", "ceiling_share",
-        "peak_mib", "saved_mib")
-LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}     # relative norm of the error that a path may have
+KEYS = ("bench", "device", "shape", "path", "dtype", "direction", "ms", "ratio_to_dense", "tflops",
+        "ceiling_share", "peak_mib", "saved_mib")
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}     # error that a path may have, see check
 INPUTS = 3                                              # input sets that take turns
+MIB = 2 ** 20
 
 
 class BenchError(Exception):
@@ -31,10 +35,10 @@ class BenchError(Exception):
 
 
 class Arm(NamedTuple):
-    """One contestant: `run(i)` runs it once on input set i."""
-    run: Callable
+    """One contestant of a comparison."""
+    run: Callable                   # run(i) does the work once, on input set i
     flops: float = 0.0              # useful ones of a run: those of the mathematics, not of padding
-    floor_ms: float | None = None   # what the run must take at the machine's ceiling
+    floor_ms: float | None = None   # what a run takes at the machine's ceiling
     saved_mib: float | None = None
 
 
@@ -55,13 +59,16 @@ class Machine(NamedTuple):
         model = next((s.split(": ", 1)[1] for s in lines if s.startswith("model name")), platform.machine())
         return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
-    def compute_arm(self, run, flops, dtype, **more):
-        """An Arm whose floor is the matrix product's."""
-        return Arm(run, flops, flops / self.matmul[dtype] * 1e3, **more)
+    def compute_ms(self, flops, dtype):
+        """The floor of FLOPs: their time in the best matrix product."""
+        return flops / self.matmul[dtype] * 1e3
+
+    def copy_ms(self, n_bytes):
+        """The floor of bytes: their time in the best copy."""
+        return n_bytes / self.copy * 1e3
 
 
 # ---- time ----
-
 
 def mark(device):
     """A moment: seconds, or a CUDA event."""
@@ -79,8 +86,11 @@ def milliseconds(start, end):
 def interleave(device, runs, warmup, repeats):
     """{name: [ms of each round]} of runs {name: run(i)}."""
     marks = {name: [] for name in runs}
+    cushion = torch.empty(2 ** 28, device=device) if device == "cuda" else None
     for i in range(warmup + repeats):
         for name, run in runs.items():
+            if cushion is not None:
+                cushion.zero_()
             start = mark(device)
             run(i % INPUTS)
             marks[name].append((start, mark(device)))
@@ -89,9 +99,9 @@ def interleave(device, runs, warmup, repeats):
     return {name: [milliseconds(*pair) for pair in pairs[warmup:]] for name, pairs in marks.items()}
 
 
-def find_ceilings(device, warmup, repeats, size=2048, copy_mib=256):
-    """A Machine with its ceilings: the best of five (size, size) products in each dtype, and of five copies that read
-    and write copy_mib each."""
+def find_machine(device, warmup, repeats, size=2048, copy_mib=256):
+    """A Machine with its ceilings: the best of 20 (size, size) products in each dtype, and of 20 copies that
+    read copy_mib MiB and write as many."""
     def best(run):
         return min(interleave(device, {"": run}, 3, 20)[""]) / 1e3
 
@@ -99,30 +109,29 @@ def find_ceilings(device, warmup, repeats, size=2048, copy_mib=256):
     for dtype in LIMIT:
         a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
         matmul[dtype] = 2 * size ** 3 / best(lambda i: torch.mm(a, b, out=out))
-    source = torch.ones(copy_mib * 2 ** 18, device=device)
+    source = torch.ones(copy_mib * MIB // 4, device=device)
     target = torch.empty_like(source)
-    return Machine(device, warmup, repeats, matmul, 2 * 4 * source.numel() / best(lambda i: target.copy_(source)))
+    return Machine(device, warmup, repeats, matmul, 2 * copy_mib * MIB / best(lambda i: target.copy_(source)))
 
 
 # ---- memory ----
 
-
 def peak_mib(device, run):
-    """MiB of what run() allocates, at its highest."""
+    """MiB that run() allocates, at their highest."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+        return (torch.cuda.max_memory_allocated() - before) / MIB
     with torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as profile:
         run()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()                      # negative for what is given back
+        live += event.nbytes()                          # negative for what is given back
         peak = max(peak, live)
-    return peak / 2 ** 20
+    return peak / MIB
 
 
 def saved_mib(run, parameters=()):
@@ -136,27 +145,24 @@ def saved_mib(run, parameters=()):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = run()                                   # alive to the end, and with it all that was kept
-    total = sum(kept.values()) / 2 ** 20
+        y = run()                                       # holds all that was kept, so no address comes twice
     del y
-    return total
+    return sum(kept.values()) / MIB
 
 
 # ---- correctness ----
 
-
 def check(path, shape, names, got, want, dtype):
-    """Raises BenchError for the first tensor of `got` whose error, relative to the norm of its twin in `want`,
-    passes LIMIT."""
+    """Raises BenchError for the first tensor of `got` that is further than LIMIT from its twin in `want`, by
+    the norm of the difference over the norm of the twin."""
     for name, a, b in zip(names, got, want, strict=True):
         error = ((a.double() - b.double()).norm() / b.double().norm()).item()
-        if not error <= LIMIT[dtype]:
-            raise BenchError(f"{shape}, {str(dtype)[6:]}: path {path} is wrong: relative error {error:.1e} of its {name}, "
-                             f"limit {LIMIT[dtype]:.0e}; nothing was timed")
+        if not error <= LIMIT[dtype]:                   # NaN fails too
+            raise BenchError(f"{shape}, {str(dtype)[6:]}: path {path} is wrong: its {name} has a relative "
+                             f"error of {error:.1e}, above {LIMIT[dtype]:.0e}; the bench stops here")
 
 
 # ---- rows ----
-
 
 def measure(machine, bench, shape, dtype, direction, arms):
     """Rows, one for each of the arms {name: Arm}. A ratio is to the arm `dense`, of a compiled arm to
@@ -164,47 +170,50 @@ def measure(machine, bench, shape, dtype, direction, arms):
     peaks, device = {}, machine.device
     for name, arm in arms.items():
         try:
+            arm.run(0)                                  # compiles, and makes what is made only once
             peaks[name] = peak_mib(device, lambda: arm.run(0))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
     times = interleave(device, {name: arms[name].run for name in peaks}, machine.warmup, machine.repeats)
     rows = []
     for name, arm in arms.items():
-        ms, ratio = None, None
+        ms = ratio = None
         if name in times:
             ms = statistics.median(times[name])
             dense = times.get("dense compiled" if name.endswith(" compiled") else "dense")
             ratio = dense and statistics.median(a / b for a, b in zip(times[name], dense))
-        rows.append(make_row(bench, device, shape, name, dtype, direction, ms, ratio, arm, peaks.get(name)))
+        rows.append(make_row(bench, device, shape, name, dtype, direction, arm, ms, ratio, peaks.get(name)))
     return rows
 
 
-def make_row(bench, device, shape, path, dtype, direction, ms, ratio, arm, peak):
+def make_row(bench, device, shape, path, dtype, direction, arm, ms, ratio=None, peak=None):
     """A row: a dict with exactly KEYS, numbers to five digits."""
     tflops = arm.flops / ms / 1e9 if ms and arm.flops else None
     share = arm.floor_ms / ms if ms and arm.floor_ms else None
-    numbers = (ms, ratio, tflops, share, peak, arm.saved_mib)
-    return dict(zip(KEYS, (bench, device, str(shape), path, str(dtype).removeprefix("torch."), direction,
-                           *(None if n is None else float(f"{n:.5g}") for n in numbers)), strict=True))
+    names = bench, device, str(shape), path, str(dtype).removeprefix("torch."), direction
+    numbers = ms, ratio, tflops, share, peak, arm.saved_mib
+    rounded = (None if n is None else float(f"{n:.5g}") for n in numbers)
+    return dict(zip(KEYS, (*names, *rounded), strict=True))
 
 
 def ceiling_rows(bench, machine):
     """What ceiling_share is a share of; the shape column says on which machine."""
-    rows = []
-    for dtype, flops in machine.matmul.items():
-        arm = Arm(None, 1e12, 1e15 / flops)                                     # per 10^12 FLOPs
-        rows.append(make_row(bench, machine.device, f"10^12 FLOPs on {machine.name()}", "ceiling: matrix product", dtype,
-                             "fwd", arm.floor_ms, None, arm, None))
-    arm = Arm(None, 0, 2 ** 30 / machine.copy * 1e3)
-    return rows + [make_row(bench, machine.device, f"1 GiB read and written on {machine.name()}", "ceiling: copy",
-                            torch.float32, "fwd", arm.floor_ms, None, arm, None)]
+    flops, n_bytes, where = 1e12, 2 ** 30, machine.name()
+    arms = [(f"10^12 FLOPs on {where}", "ceiling: matrix product", dtype,
+             Arm(None, flops, machine.compute_ms(flops, dtype))) for dtype in machine.matmul]
+    arms.append((f"2^30 bytes, read or written, on {where}", "ceiling: copy", torch.float32,
+                 Arm(None, 0, machine.copy_ms(n_bytes))))
+    return [make_row(bench, machine.device, shape, path, dtype, "fwd", arm, arm.floor_ms)
+            for shape, path, dtype, arm in arms]
 
 
-COLUMNS = {"path": "path", "direction": "direction", "ms": "ms", "ratio_to_dense": "x dense", "tflops": "TFLOP/s",
-           "ceiling_share": "% ceiling", "peak_mib": "peak MiB", "saved_mib": "saved MiB"}
+COLUMNS = {"path": "path", "direction": "direction", "ms": "ms", "ratio_to_dense": "x dense",
+           "tflops": "TFLOP/s", "ceiling_share": "% ceiling", "peak_mib": "peak MiB",
+           "saved_mib": "saved MiB"}
 
 
-def show_number(value, key):
+def show(value, key):
+    """A cell of the table."""
     if value is None:
         return "-"
     if isinstance(value, str):
@@ -215,14 +224,13 @@ def show_number(value, key):
 
 
 def print_table(rows, extra=None):
-    """Prints rows that share shape and dtype as an aligned table, and returns them; extra: (heading, row -> text) of
-    one more column."""
-    cells = [[*COLUMNS.values()]] + [[show_number(row[key], key) for key in COLUMNS] for row in rows]
-    if extra:
-        cells = [line + [extra[0] if i == 0 else extra[1](rows[i - 1])] for i, line in enumerate(cells)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    """Prints rows that share shape and dtype as an aligned table, and returns them; extra: (heading, row ->
+    text) of one more column."""
+    lines = [[show(row[key], key) for key in COLUMNS] + ([extra[1](row)] if extra else []) for row in rows]
+    lines.insert(0, [*COLUMNS.values()] + ([extra[0]] if extra else []))
+    widths = [max(map(len, column)) for column in zip(*lines)]
     print(f"\n{rows[0]['shape']}, {rows[0]['dtype']}")
-    for line in cells:
-        text = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))]
-        print("  " + "  ".join(text).rstrip(), flush=True)
+    for line in lines:
+        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))]
+        print("  " + "  ".join(cells).rstrip(), flush=True)
     return rows

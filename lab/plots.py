@@ -32,7 +32,7 @@ from model import GPT
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 BLUE, RED, GREY = PALETTE[0], PALETTE[1], "#666666"
-# White is even. The darkest ends are cut off: black, an expert without any token, must not look like a small load.
+# White is even. The darkest ends are cut off: black, an expert without a token, must look like nothing else.
 LOADS = ListedColormap(matplotlib.colormaps["PuOr_r"](np.linspace(0.08, 0.92, 256))).with_extremes(bad="k")
 matplotlib.rcParams.update({
     "font.size": 14, "axes.titlesize": 14, "figure.titlesize": 16, "legend.fontsize": 13, "savefig.dpi": 150,
@@ -60,10 +60,11 @@ class Run(NamedTuple):
 # --- reading ---
 
 def read_log(path, points=4000):
-    """A log.csv as {column: (rows,) floats}, NaN where a row has no value, and "expert_load": {layer: (rows, E)}
-    of the sparse layers. Of a longer log each row here is a group of rows, averaged (loads: summed) over the
-    values that are there: memory is bounded and no evaluation is lost. A line that a crash cut off is left out.
-    Raises LogError."""
+    """A log.csv as {column: (rows,) floats}, NaN where a row has no value; "expert_load" is {layer: (rows, E)}.
+
+    Of a longer log each row here is a group of rows, averaged (loads: summed) over the values that are there:
+    memory is bounded, and no evaluation is lost. A line that a crash cut off is left out. Raises LogError.
+    """
     table, loads = [], []
     try:
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
@@ -100,7 +101,7 @@ def average(rows):
 
 
 def sum_loads(texts):
-    """Fields like "12 4;;9 7" summed: an (E,) array per layer, empty for a dense one; [] if no row has any."""
+    """Fields like "12 4;;9 7" summed: an (E,) array per layer, empty for dense ones; [] if no row has any."""
     rows = [[np.array(layer.split(), float) for layer in text.split(";")] for text in texts if text]
     return [sum(layer) for layer in zip(*rows)]
 
@@ -170,7 +171,7 @@ def new_figure(width, height, title, subtitle=""):
 
 
 def frame(ax, curves):
-    """Limits of a loss axis: the plunge of the first steps leaves through the top, or it would flatten the rest."""
+    """Limits of a loss axis: the plunge of the first steps leaves at the top, or it would flatten all."""
     end = max(x[-1] for x, _ in curves)
     late = np.concatenate([y[x >= min(0.15 * end, x[-1])] for x, y in curves])
     pad = 0.1 * (late.max() - late.min()) or 0.1
@@ -178,7 +179,7 @@ def frame(ax, curves):
 
 
 def loss_figure(run):
-    """Training loss, each step and smoothed, and validation loss; bits per byte at the right, tokens on top."""
+    """Training loss, each step and smoothed, and validation loss; bits per byte right, tokens above."""
     log, curves = run.log, []
     figure = new_figure(11, 6.5, run.name, describe(run))
     ax = figure.subplots()
@@ -199,7 +200,7 @@ def loss_figure(run):
         frame(ax, curves)
         ax.legend()
     if million := ratio(log, "tokens", "step") / 1e6:
-        top = ax.secondary_xaxis("top", functions=(lambda step: step * million, lambda token: token / million))
+        top = ax.secondary_xaxis("top", functions=(lambda step: step * million, lambda n: n / million))
         top.set_xlabel("training tokens (millions)")
     if bits := ratio(log, "val_bpb", "val_loss"):       # of one text, so one factor for the whole axis
         right = ax.secondary_yaxis("right", functions=(lambda nats: nats * bits, lambda bpb: bpb / bits))
@@ -208,8 +209,8 @@ def loss_figure(run):
 
 
 def compare_figure(runs):
-    """Validation loss over tokens, one curve per run, the best first in the legend; in bits per byte where the
-    runs' tokenizers differ. A run without evaluations shows its training loss, smoothed and dotted."""
+    """Validation loss over tokens, one curve per run, the best first in the legend; in bits per byte where
+    the runs' tokenizers differ. A run without evaluations shows its training loss, smoothed and dotted."""
     factors = [ratio(run.log, "val_bpb", "val_loss") for run in runs]
     bits = min(factors) > 0 and max(factors) > 1.005 * min(factors)
     figure = new_figure(11, 6.5, "Validation loss", differences(runs))
@@ -234,8 +235,8 @@ def compare_figure(runs):
 
 
 def load_figure(run):
-    """Maps of the experts' load over training, one per sparse layer, then the load of each layer's busiest expert,
-    then the share of pairs dropped, if any was. None where the log knows of no experts."""
+    """Maps of the experts' load over training, one per sparse layer, then the load of each layer's busiest
+    expert, then the share of pairs dropped, if any was. None where the log knows of no experts."""
     log, layers = run.log, run.log["expert_load"]
     (step, share), (step_dropped, dropped) = column(log, "max_expert_share"), column(log, "dropped")
     if not len(share):
@@ -272,8 +273,8 @@ def load_figure(run):
 
 
 def load_map(ax, step, load, columns=200):
-    """One layer's loads (rows, E) as a picture of at most `columns` sums over time; colour: share of the pairs
-    times E. Returns (image, steps (n,) in the middle of each column, share × E (n, E))."""
+    """One layer's loads (rows, E) as a picture of at most `columns` sums over time; colour: share of the
+    pairs times E. Returns (image, steps (n,) in the middle of each column, share × E (n, E))."""
     rows = np.flatnonzero(~np.isnan(load).any(1))
     groups = np.array_split(rows, min(columns, len(rows)))
     total = np.array([load[group].sum(0) for group in groups])
@@ -303,13 +304,13 @@ def usage_figure(run, loads, source):
         ax = figure.add_subplot(grid[:, 1], title=f"counted over {source}")
         for (i, load), colour in zip(loads.items(), PALETTE * len(loads)):
             usage_histogram(ax, load, f"layer {i}: ", colour)
-        ax.legend(loc="lower left")
+        ax.legend(loc="upper right")
     return figure
 
 
 def usage_histogram(ax, load, label="", color=BLUE):
     """All N experts sorted by use: load (N,), accumulated router weight, as a multiple of its mean, over the
-    experts in percent. Accumulate over a whole validation set: a few tokens cannot reach a million experts."""
+    experts in percent. Accumulate over a whole validation set: few tokens cannot reach a million experts."""
     z = np.sort(np.asarray(load, float))[::-1] / np.sum(load)
     used, uneven = (z > 0).mean(), math.log(len(z)) + (z[z > 0] * np.log(z[z > 0])).sum()
     rank = np.unique(np.linspace(0, len(z) - 1, 2000).astype(int))        # enough for a line
@@ -322,8 +323,8 @@ def usage_histogram(ax, load, label="", color=BLUE):
 
 
 def validation_loads(run):
-    """{layer: (N,)} router weight of each expert over the run's validation batches, by its best checkpoint: the
-    log does not hold a million loads a row. Raises CheckpointError, DataError."""
+    """{layer: (N,)} router weight of each expert over the run's validation batches, by its best checkpoint:
+    the log does not hold a million loads a row. Raises CheckpointError, DataError."""
     model, config, tokenizer, _ = load_model(run.folder)
     d, t, loads = config.data, config.train, {}
     folders, _ = find_or_prepare(d.name, d.tokenizer, d.vocab_size, d.dir or None, d.max_tokens, quiet=True)
@@ -367,7 +368,7 @@ def main(argv=None):
     parser = Parser(prog="python -m lab.plots", description=__doc__.split("\n\nColours")[0],
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run folders; several are compared")
-    parser.add_argument("--out", metavar="FILE", help="the loss figure (default: loss.png in the first folder)")
+    parser.add_argument("--out", metavar="FILE", help="the loss figure (default: RUN_DIR/loss.png)")
     try:
         options, _ = parse(parser, argv)
         for path in draw([open_run(folder) for folder in options.runs], options.out):

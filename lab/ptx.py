@@ -1,13 +1,9 @@
-"""What the Triton kernels become on an H100, without one: `python -m lab.ptx [NAME ...]`.
+"""What the Triton kernels become on an H100, without one: `python -m lab.ptx [NAME ...]`, half a minute.
 
-Prints, for each launch that the public functions of kernels.py and kernels_peer.py would make, registers,
-spills, shared memory, atomics and the widths of the loads. NAME picks kernels by a part of their name. Half
-a minute.
-
-How: the real functions are called on small CPU tensors, and a launch compiles for sm_90 instead of running.
-So block sizes, warps and constants are those of the code; T, P and N are run-time arguments and do not
-matter. """
-
+For each launch that the public functions of kernels.py and kernels_peer.py would make: registers, bytes
+spilled, shared memory, atomics, widths of the loads. NAME picks kernels by a part of their name. The real
+functions are called on small CPU tensors and a launch compiles for sm_90 instead of running, so that block
+sizes, warps and constants are those of the code; T, P and N are run-time arguments and do not matter. """
 import re
 import subprocess
 import sys
@@ -23,74 +19,58 @@ from triton.runtime.jit import JITFunction
 import kernels
 import kernels_peer
 
-SEEN = set()
 
-
-def measure(ptx):
-    """registers and spilled bytes (stores + loads), as ptxas reports them."""
+def report(name, ptx, shared):
+    """One line; registers and spills (stores + loads) are ptxas's."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
-    return int(re.search(r"Used (\d+) registers", text)[1]), spilled
+    registers, spilled = re.search(r"Used (\d+) registers", text)[1], re.findall(r"(\d+) bytes spill", text)
+    loads = Counter(re.findall(r"ld\.global\S*?((?:v\d\.)?b\d+)", ptx))
+    widths = " ".join(f"{n}x{width}" for width, n in sorted(loads.items()))
+    atomics = len(re.findall(r"\b(?:atom|red)\.\S+", ptx))
+    print(f"  {name:34} {registers:>3} registers {sum(map(int, spilled)):4} B spilled {shared:6} B shared "
+          f"{atomics} atomics  loads {widths}", flush=True)
 
 
 def compile_instead(run):
     def launch(self, *args, grid, warmup, **options):
-        if not any(name in self.__name__ for name in sys.argv[1:] or [""]):
-            return
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        ptx = kernel.asm["ptx"]
-        if ptx in SEEN:
-            return
-        SEEN.add(ptx)
-        loads = Counter(re.findall(r"ld\.global\S*?((?:\.v\d)?\.b\d+)", ptx))
-        atomics = len(re.findall(r"\b(?:atom|red)\.\S+", ptx))
-        registers, spilled = measure(ptx)
-        widths = " ".join(f"{n}x{width[1:]}" for width, n in sorted(loads.items()))
-        print(f"  {self.__name__:36} {registers:3} registers {spilled:4} B spilled "
-              f"{kernel.metadata.shared:6} B shared {atomics} atomics  loads {widths}", flush=True)
+        if any(name in self.__name__ for name in sys.argv[1:] or [""]):
+            kernel = run(self, *args, grid=grid, warmup=True, **options)
+            report(self.__name__, kernel.asm["ptx"], kernel.metadata.shared)
     return launch
 
 
 def moe(d, n, k, dtype):
-    T = 32
     print(f"d {d} n {n} k {k} {dtype}")
-    x, order = torch.zeros(T, d, dtype=dtype), torch.arange(T * k)
+    x, order, weight = torch.zeros(32, d, dtype=dtype), torch.arange(32 * k), torch.zeros(32 * k)
     kernels.unpermute(kernels.permute(x, order, k), order, k)
     for activation, width in (("swiglu", 2 * n), ("gelu", n)):
-        h, weight = torch.zeros(T * k, width, dtype=dtype), torch.zeros(T * k)
-        a = kernels.gated_activation(h, weight, activation)
-        kernels.gated_activation_backward(a, h, weight, activation)
+        h = torch.zeros(32 * k, width, dtype=dtype)
+        kernels.gated_activation_backward(kernels.gated_activation(h, weight, activation), h, weight, activation)
 
 
 def peer(d, R, dtype):
-    T, N = 16, 1024
     print(f"d {d} R {R} {dtype}")
-    x, W = torch.zeros(T, d, dtype=dtype), torch.zeros(N, 2, d, dtype=dtype)
-    s, idx = torch.zeros(T, R), torch.zeros(T, R, dtype=torch.int32)
+    x, W = torch.zeros(16, d, dtype=dtype), torch.zeros(1024, 2, d, dtype=dtype)
+    s, idx = torch.zeros(16, R), torch.zeros(16, R, dtype=torch.int32)
     y, h = kernels_peer.peer_forward(x, W, idx, s, "gelu")
-    dx, dh, a, ds = kernels_peer.peer_backward_tokens(y, W, idx, s, h, "gelu")
-    kernels_peer.peer_backward_table(x, y, dh, a, idx, N)
+    _, dh, a, _ = kernels_peer.peer_backward_tokens(y, W, idx, s, h, "gelu")
+    kernels_peer.peer_backward_table(x, y, dh, a, idx, 1024)
 
 
 if __name__ == "__main__":
     target = GPUTarget("cuda", 90, 32)
-    driver = SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0,
-                             get_current_stream=lambda device: 0)
-    triton.runtime.driver.set_active(driver)
-    kernels.use_triton = lambda x: True
-    JITFunction.run = compile_instead(JITFunction.run)
-    for shape in ((768, 256, 8), (768, 1024, 2), (1000, 344, 3)):
-        moe(*shape, torch.bfloat16)
-    moe(768, 256, 8, torch.float32)
-    for d in (256, 512, 768, 1024):
-        peer(d, 128, torch.bfloat16)
-    peer(512, 128, torch.float32)
-    for d, k, dtype in ((64, 16, torch.float32), (128, 16, torch.float32), (64, 32, torch.float32),
-                        (64, 16, torch.bfloat16)):
+    triton.runtime.driver.set_active(SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0))
+    kernels.use_triton, JITFunction.run = lambda x: True, compile_instead(JITFunction.run)
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for d, n, k, dtype in ((768, 256, 8, bf16), (768, 1024, 2, bf16), (1000, 344, 3, bf16), (768, 256, 8, fp32)):
+        moe(d, n, k, dtype)
+    for d, dtype in ((256, bf16), (512, bf16), (768, bf16), (1024, bf16), (256, fp32), (512, fp32)):
+        peer(d, 128, dtype)
+    for d, k, dtype in ((64, 16, fp32), (128, 16, fp32), (64, 32, fp32), (64, 16, bf16)):
         print(f"sub-keys d {d} n 1024 k {k} {dtype}")
-        q, sub_keys = torch.zeros(16, 8, 2, d, dtype=dtype), torch.zeros(2, 1024, d, dtype=dtype)
-        kernels_peer.product_key_topk(q, sub_keys, k)
+        kernels_peer.product_key_topk(torch.zeros(16, 8, 2, d).to(dtype), torch.zeros(2, 1024, d).to(dtype), k)

@@ -197,6 +197,8 @@ def test_table_gradient_overwrites_or_accumulates(kernel):
     assert torch.equal(kept, fresh) and not kept[empty.to(DEVICE)].any()
     peer_backward_table(x, dy, dh, a, idx, 50, out=kept, accumulate=True, kernel=kernel, share=4)
     close(kept, 2 * fresh.double())
+    with pytest.raises(ValueError, match="not contiguous"):
+        peer_backward_table(x, dy, dh, a, idx, 50, out=kept.transpose(1, 2), kernel=kernel)
     narrow = torch.empty_like(W, dtype=torch.bfloat16)
     peer_backward_table(x, dy, dh, a, idx, 50, out=narrow, kernel=kernel)
     close(narrow, fresh.double(), torch.bfloat16)

@@ -26,8 +26,9 @@ def make(d=12, n_layer=2, seed=0, dtype=torch.float32, device="cpu", **settings)
     """A layer whose running statistics are not the ones it started with."""
     torch.manual_seed(seed)
     small = dict(kind="peer", n_keys=6, peer_heads=3, peer_top_k=4, d_key=10, peer_path="readable")
-    layer = PEER(FFNConfig(**(small | settings)), d, n_layer)
-    layer(torch.randn(1, 40, d) * 2 + 1, context(1, 40))
+    config = FFNConfig(**(small | settings))
+    layer = PEER(config, d, n_layer)
+    layer.queries(torch.randn(40, d) * 2 + 1)
     return layer.to(device, dtype)
 
 
@@ -42,6 +43,20 @@ def randn(*shape, seed=0, dtype=torch.float32):
 def cut_after(step):
     """A stand-in for peer.slices that cuts after `step` tokens, so that small tests have several slices."""
     return lambda width, *tensors: zip(*(t.split(step) for t in tensors))
+
+
+class Largest(TorchDispatchMode):
+    """Numel of the largest tensor that any operation made, in forward or backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            self.numel = max(self.numel, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return out
 
 
 # ---- retrieval ----
@@ -75,15 +90,19 @@ def test_candidates_are_few():
 
 
 def test_topk_lean_has_the_gradients_of_topk(monkeypatch):
+    """And never holds the 8 x 2 x 2 x 9 scores, nor their gradient."""
     monkeypatch.setattr(peer, "slices", cut_after(3))
     q, sub_keys = randn(8, 2, 2, 5, dtype=torch.float64), randn(2, 9, 5, seed=1, dtype=torch.float64)
-    grads = []
+    results, largest = [], []
     for topk in (topk_readable, TopKLean.apply):
         inputs = q.clone().requires_grad_(), sub_keys.clone().requires_grad_()
-        scores, _ = topk(*inputs, 4)
-        (scores * randn(*scores.shape, seed=2, dtype=torch.float64)).sum().backward()
-        grads.append([scores.detach(), *(t.grad for t in inputs)])
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
+        with Largest() as made:
+            scores, _ = topk(*inputs, 4)
+            (scores * randn(*scores.shape, seed=2, dtype=torch.float64)).sum().backward()
+        results.append([scores.detach(), *(t.grad for t in inputs)])
+        largest.append(made.numel)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert largest[0] == 8 * 2 * 2 * 9 > 3 * 2 * 2 * 9 and largest[1] <= q.numel()
 
 
 # ---- the layer ----
@@ -264,20 +283,6 @@ def test_batchnorm_statistics():
 # ---- memory ----
 
 
-class Largest(TorchDispatchMode):
-    """Numel of the largest tensor that any operation made, gradients and parameters' shapes aside."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            self.numel = max(self.numel, t.numel() if isinstance(t, torch.Tensor) else 0)
-        return out
-
-
 @either_kind
 @pytest.mark.parametrize("path", ["readable", "lean"])
 def test_lean_never_holds_the_rows(path, kind, monkeypatch):
@@ -293,17 +298,18 @@ def test_lean_never_holds_the_rows(path, kind, monkeypatch):
     assert path == "readable" or sum(s for s in saved if s != table) < rows
 
 
-@pytest.mark.parametrize("path, kind", [("lean", "peer"), ("lean", "pkm"), pytest.param(*(["fused", "peer"]),
-                                                                                        marks=fused.marks)])
+@pytest.mark.parametrize("path, kind", [("lean", "peer"), ("lean", "pkm"),
+                                        pytest.param("fused", "peer", marks=fused.marks)])
 def test_gradient_buffer_is_kept_and_right(path, kind):
     """First step, accumulation, zeroing in place, and dropping: always the gradients that autograd gives."""
     device = DEVICE if path == "fused" else "cpu"
-    layer, oracle = make(kind=kind, peer_path=path, device=device), make(kind=kind, dtype=torch.float64)
+    small = dict(kind=kind, n_keys=4, peer_heads=2)
+    layer, oracle = make(**small, peer_path=path, device=device), make(**small, dtype=torch.float64)
 
     def backward(seed):
         for model, where, dtype in ((layer, device, torch.float32), (oracle, "cpu", torch.float64)):
-            x = randn(2, 6, 12, seed=seed, dtype=dtype).to(where)
-            model(x, context(2, 6))[0].square().sum().backward()
+            x = randn(1, 4, 12, seed=seed, dtype=dtype).to(where)
+            model(x, context(1, 4))[0].square().sum().backward()
         exact = oracle.table.grad
         assert (layer.table.grad.cpu().double() - exact).norm() < 1e-5 * exact.norm()
 

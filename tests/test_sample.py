@@ -97,6 +97,9 @@ def test_window_is_the_last_half_block_once_the_block_is_full():
     assert seen == [10, 1, 1, 6, 1, 1, 1, 1, 1, 1, 6, 1, 1, 1, 1, 1]
     expected = model(text[:, 7:13], cache=model.new_cache(1)).logits[:, -1].argmax(-1)
     assert text[0, 13] == expected                                      # drawn from tokens 7 to 12 alone
+    steps = sample.generate(model, idx, 16, temperature=0, cache=False)
+    assert [step.stats[0].top_expert.shape[1] for step in steps] == [
+        10, 11, 12, 6, 7, 8, 9, 10, 11, 12, 6, 7, 8, 9, 10, 11]
 
 
 def test_expert_choice_generates_in_generation_mode():
@@ -149,7 +152,7 @@ def test_temperature_and_top_k():
     assert torch.allclose(sample.next_probs(p.log(), top_k=2), expected, atol=1e-7)
     assert torch.allclose(sample.next_probs(p.log(), top_k=9), p.double(), atol=1e-7)
     assert sample.next_probs(p.log(), temperature=0).tolist() == [[0, 1, 0, 0]]
-    assert sample.next_probs(p.log(), temperature=1e-300).tolist() == [[0, 1, 0, 0]]
+    assert sample.next_probs(p.log(), temperature=1e-310).tolist() == [[0, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("top_p, kept", [
@@ -232,6 +235,18 @@ def test_marks_are_the_experts_of_the_full_forward_pass():
     experts = model(text, cache=model.new_cache(1)).stats[1].top_expert[0].tolist()
     assert said == "".join(marker.mark(bytes([token]), e) for e, token in zip(experts, text[0]))
     assert said.startswith(f"[{experts[0]}]a[{experts[1]}]b[{experts[2]}]␣[{experts[3]}]c[")
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_marks_past_the_block_are_those_of_the_newest_token(cache):
+    """A window that is read again brings older tokens along, which were shown before."""
+    _, model = tiny()
+    marker, idx = sample.Marker(1, colour=False), torch.tensor([list(b"ab c")])
+    steps = list(sample.generate(model, idx, 20, temperature=0, cache=cache))
+    said = "".join(p for (p,) in marker.pieces(steps, BYTE, idx))
+    newest = [(int(t.ids), int(step.stats[1].top_expert[0, -1])) for t, step in zip(steps, steps[1:])]
+    assert said.endswith("".join(marker.mark(bytes([token]), expert) for token, expert in newest))
+    assert marker.counts.total() == 4 + 19
     assert marker.counts == Counter(experts)
 
 
@@ -282,12 +297,15 @@ def test_legend():
 
 # --- the program ---
 
-def test_text_goes_to_stdout_and_the_rest_to_stderr(run_dir, capsys):
+def test_text_goes_to_stdout_and_the_rest_to_stderr(run_dir, capsys, monkeypatch):
     argv = [run_dir, "--prompt", "def", "--tokens", "20", "--seed"]
     status, out, err = program(capsys, *argv, "2")
     assert status == 0 and out.startswith("def") and "20 tokens in" in err and "tokens/s" in err
     assert out == sample.sample_text(tiny()[1], BYTE, "def", 20, seed=2) + "\n"
-    assert program(capsys, *argv, "2", "--no-cache")[1] == out
+    cached, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: cached.append(a[7]) or generate(*a, **k))
+    assert program(capsys, *argv, "2", "--no-cache")[1] == program(capsys, *argv, "2")[1] == out
+    assert cached == [False, True]
     assert program(capsys, *argv, "3")[1] != out
 
 

@@ -1,0 +1,232 @@
+"""lab/plots.py: reading logs, what the figures show, the command line."""
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from config import load_config
+from data.prepare import find_or_prepare
+from lab import plots
+from model import GPT
+from peer import usage
+
+COLUMNS = ("step,tokens,seconds,loss,val_loss,val_bpb,lr,grad_norm,tokens_per_second,balance_loss,z_loss,aux_loss,"
+           "max_expert_share,entropy,dropped,experts_used,unevenness,expert_load").split(",")
+
+
+def write_log(folder, steps=60, kind="moe", evals=10, dropped=0.0, bits=1.5, best=1.0, settings=()):
+    """A run folder with a log like train.py's: layers 1 and 3 of 4 sparse, 4 experts, expert 2 of layer 3 never used."""
+    folder.mkdir()
+    sizes = [("model.vocab_size", "256"), ("ffn.kind", kind), ("model.n_embd", "16"), ("ffn.n_expert", "4")]
+    (folder / "config.toml").write_text(load_config(None, sizes + list(settings)).to_toml())
+    lines = [",".join(COLUMNS), f"0,0,0,,{best + 4},{(best + 4) * bits}" + "," * 12]
+    for step in range(1, steps + 1):
+        loss = best + 4 * np.exp(-step / 10)
+        row = dict(step=step, tokens=100 * step, loss=f"{loss:.8g}")
+        if evals and step % evals == 0:
+            row |= dict(val_loss=f"{loss:.8g}", val_bpb=f"{loss * bits:.8g}")
+        if kind == "moe":
+            row |= dict(max_expert_share=0.5, dropped=dropped, expert_load=f";{10 + step} 10 10 10;;20 10 0 10")
+        if kind == "peer":
+            row |= dict(experts_used=0.5 + step / 200, unevenness=2 / step)
+        lines.append(",".join(str(row.get(name, "")) for name in COLUMNS))
+    (folder / "log.csv").write_text("\r\n".join(lines if evals else lines[:1] + lines[2:]) + "\r\n", newline="")
+    return folder
+
+
+def png_size(path):
+    """(width, height) in pixels, from the header."""
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:])
+
+
+# --- reading ---
+
+def test_a_log_becomes_columns_with_nan_where_a_row_has_no_value(tmp_path):
+    log = plots.read_log(write_log(tmp_path / "run") / "log.csv")
+    assert set(log) == set(COLUMNS)
+    assert log["step"].tolist() == list(range(61)) and np.isnan(log["loss"][0]) and np.isnan(log["lr"]).all()
+    steps, values = plots.column(log, "val_loss")
+    assert steps.tolist() == [0, 10, 20, 30, 40, 50, 60] and values[0] == 5.0
+    assert list(log["expert_load"]) == [1, 3]
+    assert np.isnan(log["expert_load"][1][0]).all() and log["expert_load"][1][5].tolist() == [15, 10, 10, 10]
+    assert plots.column(log, "no such column")[0].size == 0
+
+
+@pytest.mark.parametrize("cut", [1, 3, 40])
+def test_a_line_that_was_cut_off_is_left_out(tmp_path, cut):
+    path = write_log(tmp_path / "run") / "log.csv"
+    path.write_bytes(path.read_bytes().rstrip()[:-cut])
+    log = plots.read_log(path)
+    assert log["step"][-1] == 59 and log["expert_load"][3][-1].tolist() == [20, 10, 0, 10]
+
+
+def test_a_long_log_is_averaged_in_groups_and_keeps_its_evaluations(tmp_path):
+    path = write_log(tmp_path / "run", steps=1000, evals=100) / "log.csv"
+    full, short = plots.read_log(path), plots.read_log(path, points=101)
+    assert len(short["step"]) == 101 and len(full["step"]) == 1001                # groups of 10, the last of one row
+    assert plots.column(short, "val_loss")[1].tolist() == plots.column(full, "val_loss")[1].tolist()
+    assert short["loss"][3] == pytest.approx(full["loss"][30:40].mean())
+    assert short["loss"][0] == pytest.approx(full["loss"][1:10].mean())           # step 0 has none
+    assert short["expert_load"][1][3].tolist() == full["expert_load"][1][30:40].sum(0).tolist()
+    assert short["step"][3] == 34.5
+
+
+@pytest.mark.parametrize("content", ["", ",".join(COLUMNS) + "\r\n", "\0\0\n\xff", "a,b\r\n1,2\r\n"])
+def test_an_empty_or_foreign_log_is_an_error_that_names_it(tmp_path, content):
+    (tmp_path / "log.csv").write_text(content)
+    with pytest.raises(plots.LogError, match="log.csv: holds no step yet"):
+        plots.read_log(tmp_path / "log.csv")
+
+
+def test_a_field_may_be_long(tmp_path):
+    loads = ";".join([" ".join(["123456"] * 1024)] * 30)
+    (tmp_path / "log.csv").write_text(f"step,expert_load\n1,{loads}\n")
+    assert len(plots.read_log(tmp_path / "log.csv")["expert_load"]) == 30
+
+
+def test_smooth_does_not_lag():
+    x = np.arange(1000.0)
+    assert np.allclose(plots.smooth(x)[10:-10], x[10:-10])
+    noise = np.random.default_rng(0).normal(size=1000)
+    assert plots.smooth(noise).std() < 0.3 and plots.smooth(np.array([])).size == 0
+
+
+# --- figures ---
+
+def test_loss_figure_shows_the_log(tmp_path):
+    run = plots.open_run(write_log(tmp_path / "run"))
+    figure = plots.loss_figure(run)
+    ax = figure.axes[0]
+    raw, _, validation = ax.lines
+    assert raw.get_ydata()[-1] == run.log["loss"][-1] and len(validation.get_xdata()) == 7
+    low, high = ax.get_ylim()
+    assert low < 1.0 < high < 5.0                                       # what the plunge leaves, not all of it
+    assert {a.get_xlabel() or a.get_ylabel() for a in ax.child_axes} == {
+        "training tokens (millions)", "validation bits per byte"}
+    title = figure.get_suptitle()
+    total, active = (f"{n / 1e6:.3g} M" for n in GPT(run.config).num_params())
+    assert title.startswith("run\n4 layers, 16 wide, 4 experts, top-2, router topk")
+    assert f"{active} of {total} parameters active" in title
+
+
+def test_load_maps_show_share_times_experts():
+    load = np.array([[np.nan] * 4, [10, 20, 10, 0], [30, 10, 0, 0], [5, 5, 5, 5]])
+    ax = plots.new_figure(4, 3, "").subplots()
+    image, middle, relative = plots.load_map(ax, np.arange(4.0), load)
+    assert np.allclose(relative, [[1, 2, 1, 0], [3, 1, 0, 0], [1, 1, 1, 1]]) and middle.tolist() == [1.5, 2.5, 3.5]
+    assert image.get_array().mask.T.tolist() == [[False] * 3 + [True], [False] * 2 + [True] * 2, [False] * 4]
+    _, middle, relative = plots.load_map(ax, np.arange(4.0), load, columns=1)
+    assert np.allclose(relative, [[45 / 25, 35 / 25, 15 / 25, 5 / 25]])
+
+
+def test_load_figure_has_a_map_per_sparse_layer_and_dropped_pairs_if_any(tmp_path):
+    figure = plots.load_figure(plots.open_run(write_log(tmp_path / "run")))
+    assert [a.get_title(loc="left") for a in figure.axes if a.get_title(loc="left")] == ["layer 1", "layer 3"]
+    assert not any("dropped" in a.get_ylabel() for a in figure.axes)
+    busiest = next(a for a in figure.axes if "busiest" in a.get_ylabel())
+    assert np.allclose(busiest.lines[1].get_ydata(), 2.0)               # layer 3: 20 of 40, times 4
+    figure = plots.load_figure(plots.open_run(write_log(tmp_path / "capacity", dropped=0.2)))
+    dropped = next(a for a in figure.axes if "dropped" in a.get_ylabel())
+    assert np.allclose(dropped.lines[0].get_ydata(), 20)
+    assert plots.load_figure(plots.open_run(write_log(tmp_path / "dense", kind="dense"))) is None
+
+
+def test_comparison_puts_the_best_first_and_tokens_below(tmp_path):
+    runs = [plots.open_run(write_log(tmp_path / name, best=best, evals=evals, settings=[("train.seed", seed)]))
+            for name, best, evals, seed in [("c", 1.3, 10, "1"), ("a", 1.1, 10, "2"), ("b", 1.2, 0, "3")]]
+    figure = plots.compare_figure(runs)
+    ax = figure.axes[0]
+    assert [t.get_text().split(" ")[0] for t in ax.get_legend().get_texts()] == ["a", "b", "c"]
+    assert "training" in ax.get_legend().get_texts()[1].get_text()
+    assert ax.lines[0].get_xdata()[-1] == pytest.approx(6000 / 1e6) and "nats" in ax.get_ylabel()
+    assert figure.get_suptitle().endswith("runs differ in train.seed")
+
+
+def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
+    runs = [plots.open_run(write_log(tmp_path / str(bits), bits=bits)) for bits in (1.4, 0.5)]
+    ax = plots.compare_figure(runs).axes[0]
+    assert ax.get_ylabel() == "bits per byte"
+    assert ax.lines[1].get_ydata()[0] == pytest.approx(5 * 0.5)
+
+
+def test_usage_histogram_is_sorted_and_agrees_with_the_metrics():
+    load = np.random.default_rng(0).exponential(size=5000) * (np.random.default_rng(1).random(5000) < 0.9)
+    ax = plots.new_figure(4, 3, "").subplots()
+    plots.usage_histogram(ax, load)
+    y = ax.lines[0].get_ydata()
+    used, uneven = usage(torch.tensor(load))
+    assert ax.lines[0].get_label() == f"{used:.1%} used, unevenness {uneven:.2f}"
+    assert (np.diff(y[~np.isnan(y)]) <= 0).all() and y[0] == pytest.approx(load.max() / load.mean())
+    assert np.isnan(y).mean() == pytest.approx(1 - used, abs=1e-3)
+
+
+def test_validation_loads_come_from_the_checkpoint(tmp_path):
+    """Experts too many for the log: the best checkpoint is run over the validation batches."""
+    (tmp_path / "text.txt").write_text("the cat sat on the mat, and the dog did not. " * 300)
+    settings = [("data.name", str(tmp_path / "text.txt")), ("data.dir", str(tmp_path / "data")), ("train.batch_size", "2"),
+                ("model.block_size", "16"), ("train.eval_batches", "3"), ("ffn.peer_path", "readable"),
+                ("ffn.n_keys", "6"), ("ffn.peer_top_k", "2"), ("model.n_layer", "2"), ("model.n_head", "2")]
+    folder = write_log(tmp_path / "run", kind="peer", settings=settings)
+    run = plots.open_run(folder)
+    d = run.config.data
+    _, tokenizer = find_or_prepare(d.name, d.tokenizer, d.vocab_size, d.dir, quiet=True)
+    header = dict(step=1, config=run.config.to_dict(), tokenizer=tokenizer.to_dict())
+    checkpoint.save(folder / "ckpt_best.pt", header, GPT(run.config).state_dict())
+    loads = plots.validation_loads(run)
+    assert list(loads) == [1] and loads[1].shape == (36,)
+    assert loads[1].sum() == pytest.approx(3 * 2 * 16 * run.config.ffn.peer_heads, rel=1e-4)    # a softmax per head
+    assert [path.name for path in plots.draw([run])] == ["loss.png", "usage.png"]
+    assert png_size(folder / "usage.png") == (1950, 975)
+
+
+# --- the program ---
+
+def program(capsys, *argv):
+    try:
+        status = plots.main([str(a) for a in argv])
+    except SystemExit as e:
+        status = e.code
+    return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+
+
+def test_one_run(tmp_path, capsys):
+    folder = write_log(tmp_path / "run", dropped=0.1)
+    result = program(capsys, folder)
+    assert result.status == 0 and not result.err
+    assert result.out.split() == [str(folder / "loss.png"), str(folder / "load.png")]
+    assert png_size(folder / "loss.png") == (1650, 975)
+    assert png_size(folder / "load.png")[0] == 1650 and png_size(folder / "load.png")[1] > 1000
+
+
+def test_several_runs_share_a_figure_and_keep_their_own_loads(tmp_path, capsys):
+    folders = [write_log(tmp_path / "moe"), write_log(tmp_path / "dense", kind="dense"),
+               write_log(tmp_path / "peer", kind="peer", evals=0)]
+    result = program(capsys, *folders, "--out", tmp_path / "both.png")
+    assert result.status == 0 and not result.err
+    assert result.out.split() == [str(tmp_path / "both.png"), str(folders[0] / "load.png"), str(folders[2] / "usage.png")]
+    assert png_size(tmp_path / "both.png") == png_size(folders[2] / "usage.png") == (1650, 975)
+
+
+def test_a_run_that_has_only_begun(tmp_path, capsys):
+    """A row before the first step, no loss yet, no config: what there is is drawn."""
+    folder = write_log(tmp_path / "run", steps=0)
+    (folder / "config.toml").unlink()
+    result = program(capsys, folder)
+    assert result.status == 0 and not result.err and result.out.split() == [str(folder / "loss.png")]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["nowhere"], "nowhere: no such run folder"), (["{}"], "log.csv: no log to draw"), ([], "RUN_DIR"),
+    (["{}/run", "--out", "{}/no/such/x.png"], "cannot be written"), (["{}/run", "--out", "{}/x.doc"], "cannot be written"),
+    (["{}/run", "--uot", "x"], "did you mean --out"), (["{}/bad"], "config.toml")])
+def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, argv, words):
+    write_log(tmp_path / "run", steps=5)
+    (write_log(tmp_path / "bad", steps=5) / "config.toml").write_text("[model\n")
+    result = program(capsys, *(a.format(tmp_path) for a in argv))
+    assert result.status == 2 and not result.out
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1 and words in result.err
