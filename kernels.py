@@ -210,26 +210,11 @@ def gated_activation(h, weight, activation, kernel=None):
 
 def gated_activation_backward_torch(da, h, weight, activation):
     """In blocks of rows whose temporaries stay in a core's cache: that halves the time on a CPU, where fresh
-    large memory costs more, in page faults, than the arithmetic. A GPU wants one block; a compiler plain
-    expressions, which it fuses, for it refuses to write into half a row (out=)."""
-    w = weight.to(h.dtype).unsqueeze(1)
-    if torch.compiler.is_compiling():
-        return _gated_backward_plain(da, h, w, activation)
-    rows, dh = len(da) if da.is_cuda else 2**18 // max(1, da.shape[1]), torch.empty_like(h)
+    large memory costs more, in page faults, than the arithmetic. A GPU and a compiler want one block."""
+    rows = len(da) if da.is_cuda or torch.compiler.is_compiling() else 2**18 // max(1, da.shape[1])
+    dh, w = torch.empty_like(h), weight.to(h.dtype).unsqueeze(1)
     blocks = zip(*(t.split(max(1, rows)) for t in (da, h, w, dh)))
     return dh, torch.cat([_gated_backward_block(*block, activation) for block in blocks]), da
-
-
-def _gated_backward_plain(da, h, w, activation):
-    """dh, dweight and w * act(h); nothing is written over."""
-    d = da * w
-    if activation == "swiglu":
-        gate, up = h.chunk(2, -1)
-        silu = F.silu(gate)
-        a, dh = silu * up, torch.cat([aten.silu_backward(d * up, gate), d * silu], -1)
-    else:
-        a, dh = ACTIVATIONS[activation](h), ACTIVATION_GRADS[activation](d, h)
-    return dh, (da * a).sum(-1, dtype=torch.promote_types(da.dtype, torch.float32)), a * w
 
 
 def _gated_backward_block(da, h, w, dh, activation):
@@ -238,7 +223,7 @@ def _gated_backward_block(da, h, w, dh, activation):
     if activation == "swiglu":
         (gate, up), (dgate, dup) = h.chunk(2, -1), dh.chunk(2, -1)
         a = F.silu(gate)
-        dup.copy_(a).mul_(d)
+        dup.copy_(a).mul_(d)  # not out=dup: a compiler refuses to write into half a row
         dgate.copy_(aten.silu_backward(d.mul_(up), gate))
         a.mul_(up)
     else:

@@ -211,11 +211,11 @@ def peer_backward_table(x, dy, dh, a, idx, n_expert, out=None, accumulate=False,
     """Gradient of the table (N, 2, d): row e sums dh * x and a * dy over the pairs of expert e. x, dy
     (T, d); dh, a (T, R) float32 from `peer_backward_tokens`.
 
-    out: float32 or bfloat16, contiguous (ValueError); overwritten, or added to with `accumulate`. Pass the same
-         one every step: a fresh one costs more than the gradient. None: fresh, float32.
+    out: float32 or bfloat16, contiguous (else ValueError); overwritten, or added to with `accumulate`. Pass
+         the same one every step: a fresh one costs more than the gradient. None: fresh, float32.
     share: pairs per program; the scratch is ceil(P / share) rows of 8d bytes (34 MB at P = 2M, d = 512)."""
     if out is not None and not out.is_contiguous():
-        raise ValueError(f"peer_backward_table: out {tuple(out.shape)} is not contiguous; pass the whole buffer")
+        raise ValueError(f"out {tuple(out.shape)} for the table gradient is not contiguous: pass a whole one")
     if not choose(kernel, x, dy, dh, a):
         return peer_backward_table_torch(x, dy, dh, a, idx, n_expert, out, accumulate)
     x, dy, dh, a, idx = contiguous(x, dy, dh, a, idx)

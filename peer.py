@@ -32,9 +32,9 @@ from routers import Stats
 
 
 class BatchNorm(nn.Module):
-    """Batch norm of (n, width) whose running statistics are of use after a few steps: the mean over all batches
-    until there are 1 / momentum of them, then a moving average. (The usual start at 0 and 1 weighs 12 % after
-    20 steps.)
+    """Batch norm of (n, width) whose running statistics are of use after a few steps: the mean over all
+    batches until there are 1 / momentum of them, then a moving average. (The usual start at 0 and 1 still
+    weighs 12 % after 20 steps.)
 
     Evaluation uses them alone: no token depends on its neighbours. Training uses the micro-batch of one
     process, in which a padded position counts like a real one: do not pad. ValueError for one training token.
@@ -83,8 +83,8 @@ def retrieve(q, sub_keys, k, candidates, topk):
     descending, and experts (n, h, k) int32.
 
     Exact: the sum of ranks i and j is matched or beaten by (i + 1)(j + 1) - 1 others, so that only
-    `candidates`, the pairs with (i + 1)(j + 1) <= k, are needed. Ties: the scores are always the k highest; to
-    which of several equal experts they belong is up to topk.
+    `candidates`, the pairs with (i + 1)(j + 1) <= k, are needed. Ties: the scores are always the k highest;
+    to which of several equal experts they belong is up to topk.
     """
     scores, indices = topk(q, sub_keys, k)                                          # (n, h, 2, k)
     i, j = candidates                                                               # 50 pairs at k = 16
@@ -100,8 +100,8 @@ def topk_readable(q, sub_keys, k):
 
 class TopKLean(torch.autograd.Function):
     """topk_readable without the (n, h, 2, m) scores, 64 KiB a token at h = 8, m = 1024, and without their
-    gradient: tokens pass in slices; backward puts a slice's k gradients among zeros and multiplies, which adds
-    in a fixed order everywhere."""
+    gradient: tokens pass in slices; backward puts a slice's k gradients among zeros and multiplies, which
+    adds in a fixed order everywhere."""
 
     @staticmethod
     def forward(ctx, q, sub_keys, k):
@@ -126,7 +126,8 @@ class TopKLean(torch.autograd.Function):
 
 
 def slices(width, *tensors):
-    """Cuts tensors along their tokens so that `width` numbers a token fill 2 MiB, a core's cache (GPU: 64)."""
+    """Cuts tensors along their tokens so that `width` numbers a token fill 2 MiB, a core's cache (GPU: 64 MiB):
+    smaller slices pay for their launches, larger ones leave the cache."""
     step = max(1, (2 ** 19 if tensors[0].device.type == "cpu" else 2 ** 24) // width)
     return zip(*(t.split(step) for t in tensors))
 
@@ -190,9 +191,9 @@ PASSES = dict(lean=(lean_forward, lean_backward_tokens, lean_backward_table),
 
 
 class GatheredExperts(torch.autograd.Function):
-    """experts_readable without the gathered rows: keeps x, idx, gates and pre-activations (n, R) for backward,
-    which reads the rows again. `path` lean: plain PyTorch; fused: the Triton kernels. Both write the table's
-    gradient in a fixed order.
+    """experts_readable without the gathered rows: keeps x, idx, gates and pre-activations (n, R) for
+    backward, which reads the rows again. `path` lean: plain PyTorch; fused: the Triton kernels. Both write the
+    table's gradient in a fixed order (lean on CUDA, which PKM takes, by atomic additions in any order).
 
     That gradient: without a .grad on the table, backward returns a dense one, as any function does. With one,
     it adds its rows to that and returns None; autograd would first fill another tensor, 2 GiB at N = 2^20,
@@ -224,9 +225,9 @@ class GatheredExperts(torch.autograd.Function):
 def choose_path(wanted, table):
     """The path that `ffn.peer_path = auto` takes, and the refusal of an explicit one that cannot run.
 
-    PEER on CUDA with Triton: fused. CPU, where Triton could only be interpreted, and PKM on CUDA, whose forward
-    is one kernel as it is, embedding_bag: lean. Elsewhere, on MPS: readable, which needs only gathers and
-    products. Raises ValueError for an explicit fused that cannot run.
+    PEER on CUDA with Triton: fused. CPU, where Triton could only be interpreted, and PKM on CUDA, whose
+    forward is one kernel as it is, embedding_bag: lean. Elsewhere, on MPS: readable, which needs only gathers
+    and products. Raises ValueError for an explicit fused that cannot run.
     """
     refusal = ("PKM has no neurons" if table.shape[1] == 1 else
                "" if use_triton(table) else "it needs a CUDA device and Triton")
@@ -250,7 +251,8 @@ class PEER(nn.Module):
     """The feed-forward layer of single-neuron experts (kind "peer"), or of values without neurons ("pkm").
 
     PEER(config.ffn, n_embd, n_layer); forward(x (B, T, d), ctx) -> (y (B, T, d), Stats); Stats.load is the
-    router weight that each of the N experts got. Causal; no sequence sees another, but for BatchNorm in training.
+    router weight that each of the N experts got. Causal, and no sequence sees another, but for BatchNorm in
+    training.
     """
 
     def __init__(self, config, d, n_layer):
@@ -271,9 +273,9 @@ class PEER(nn.Module):
         GPT.init_weights. Here it is var(v) E[act^2] S, u being drawn like a dense first matrix, and S the
         expected sum, over experts, of the squared gate that a token gives them. Sub-keys all have squared
         length 1/2: no expert is favoured, scores have variance 1, and the best k are so close that softmax is
-        nearly uniform. A head gives its k experts about 1/k each (the spread adds 5 % to the square); two heads
-        meet in k^2/N experts: S = 1.05 h/k + h(h-1)/N. Sigmoid gates do not sum to 1: S is larger by (k g)^2,
-        g = sigmoid(sqrt(2 log(N/k))), since there lie the best k of N normal scores.
+        nearly uniform. A head gives its k experts about 1/k each (the spread adds 5 % to the square); two
+        heads meet in k^2/N experts: S = 1.05 h/k + h(h-1)/N. Sigmoid gates do not sum to 1: S is larger by
+        (k g)^2, g = sigmoid(sqrt(2 log(N/k))), since there lie the best k of N normal scores.
         """
         c, h, k, N = self.config, self.config.peer_heads, self.config.peer_top_k, self.n_expert
         S = 1.05 * h / k + h * (h - 1) / N
@@ -321,8 +323,8 @@ class PEER(nn.Module):
 
 def usage(load):
     """(share of experts used, unevenness) of accumulated router weights (N,): log N + sum z log z with z the
-    normalised load, 0 when even, log N when one expert gets all (2407.04153 sec. 3.3). Sum the loads of a whole
-    validation set first: a few tokens cannot reach a million experts."""
+    normalised load, 0 when even, log N when one expert gets all (2407.04153 sec. 3.3). Sum the loads of a
+    whole validation set first: a few tokens cannot reach a million experts."""
     z = load.double() / load.sum(dtype=torch.float64)
     uneven = math.log(load.numel()) - torch.special.entr(z).sum()
     return (load > 0).double().mean().item(), uneven.item()

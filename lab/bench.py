@@ -65,15 +65,15 @@ def training_step(machine, config, dtype):
         (out.loss + out.aux_loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), t.grad_clip)
         optimizer.step()
-        optimizer.zero_grad()                           # last, so that the next step's peak counts its gradients
+        optimizer.zero_grad()                   # last, so that the peak of a step counts its gradients
 
     flops = 3 * t.batch_size * config.model.block_size * model.flops_per_token()
     return Arm(step, flops, machine.compute_ms(flops, dtype))
 
 
 def bench_model(machine, sets):
-    """Yields the rows of one table at a time: ms of a training step; peak memory beyond parameters and AdamW's
-    moments."""
+    """Yields the rows of one table at a time: ms of a training step; peak memory beyond parameters and
+    AdamW's moments."""
     print("A training step (forward, backward, clipping, AdamW) of whole models, beside the dense one of\n"
           "equal active FLOPs; bfloat16 is autocast over float32 parameters.")
     for title, configs in sets.items():
@@ -89,7 +89,7 @@ def bench_model(machine, sets):
 
 # ---- the program ----
 
-ROUNDS = {("cpu", "quick"): (1, 5), ("cpu", "full"): (2, 9),                    # warm-up, counted
+ROUNDS = {("cpu", "quick"): (1, 5), ("cpu", "full"): (2, 11),                   # warm-up, counted
           ("cuda", "quick"): (3, 10), ("cuda", "full"): (10, 30)}
 
 

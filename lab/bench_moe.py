@@ -71,9 +71,9 @@ class Imposed(nn.Module):
         if shape.skew == "zipf":
             logits -= torch.arange(1, shape.E + 1).log()
         elif shape.skew == "half":
-            logits[::2, 0] = 1e4
+            logits[::2, 0] = 30                 # decides, and leaves the others' softmax above zero
         else:
-            logits[:, :shape.E // 8] = -1e4
+            logits[:, :shape.E // 8] = -30
         self.score = score
         self.register_buffer("logits", logits, persistent=False)
 

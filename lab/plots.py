@@ -60,7 +60,7 @@ class Run(NamedTuple):
 # --- reading ---
 
 def read_log(path, points=4000):
-    """A log.csv as {column: (rows,) floats}, NaN where a row has no value; "expert_load" is {layer: (rows, E)}.
+    """A log.csv as {column: (rows,) floats}, NaN where a row lacks it; "expert_load" is {layer: (rows, E)}.
 
     Of a longer log each row here is a group of rows, averaged (loads: summed) over the values that are there:
     memory is bounded, and no evaluation is lost. A line that a crash cut off is left out. Raises LogError.

@@ -3,7 +3,8 @@
 For each launch that the public functions of kernels.py and kernels_peer.py would make: registers, bytes
 spilled, shared memory, atomics, widths of the loads. NAME picks kernels by a part of their name. The real
 functions are called on small CPU tensors and a launch compiles for sm_90 instead of running, so that block
-sizes, warps and constants are those of the code; T, P and N are run-time arguments and do not matter. """
+sizes, warps and constants are those of the code; T, P and N are run-time arguments and do not matter.
+"""
 import re
 import subprocess
 import sys
@@ -21,15 +22,15 @@ import kernels_peer
 
 
 def report(name, ptx, shared):
-    """One line; registers and spills (stores + loads) are ptxas's."""
+    """One line; registers and spills (stores + loads) are ptxas's. cp.async.cg always loads 16 bytes."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spilled = re.search(r"Used (\d+) registers", text)[1], re.findall(r"(\d+) bytes spill", text)
-    loads = Counter(re.findall(r"ld\.global\S*?((?:v\d\.)?b\d+)", ptx))
-    widths = " ".join(f"{n}x{width}" for width, n in sorted(loads.items()))
+    loads = Counter(re.findall(r"ld\.global\S*?((?:v\d\.)?b\d+)|cp\.async\.cg", ptx))  # "" for the latter
+    widths = " ".join(f"{n}x{width or 'cp.async'}" for width, n in sorted(loads.items()))
     atomics = len(re.findall(r"\b(?:atom|red)\.\S+", ptx))
     print(f"  {name:34} {registers:>3} registers {sum(map(int, spilled)):4} B spilled {shared:6} B shared "
           f"{atomics} atomics  loads {widths}", flush=True)
@@ -49,7 +50,8 @@ def moe(d, n, k, dtype):
     kernels.unpermute(kernels.permute(x, order, k), order, k)
     for activation, width in (("swiglu", 2 * n), ("gelu", n)):
         h = torch.zeros(32 * k, width, dtype=dtype)
-        kernels.gated_activation_backward(kernels.gated_activation(h, weight, activation), h, weight, activation)
+        a = kernels.gated_activation(h, weight, activation)
+        kernels.gated_activation_backward(a, h, weight, activation)
 
 
 def peer(d, R, dtype):
@@ -67,10 +69,11 @@ if __name__ == "__main__":
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0))
     kernels.use_triton, JITFunction.run = lambda x: True, compile_instead(JITFunction.run)
     fp32, bf16 = torch.float32, torch.bfloat16
-    for d, n, k, dtype in ((768, 256, 8, bf16), (768, 1024, 2, bf16), (1000, 344, 3, bf16), (768, 256, 8, fp32)):
-        moe(d, n, k, dtype)
+    for shape in ((768, 256, 8, bf16), (768, 1024, 2, bf16), (1000, 344, 3, bf16), (768, 256, 8, fp32)):
+        moe(*shape)
     for d, dtype in ((256, bf16), (512, bf16), (768, bf16), (1024, bf16), (256, fp32), (512, fp32)):
         peer(d, 128, dtype)
     for d, k, dtype in ((64, 16, fp32), (128, 16, fp32), (64, 32, fp32), (64, 16, bf16)):
         print(f"sub-keys d {d} n 1024 k {k} {dtype}")
-        kernels_peer.product_key_topk(torch.zeros(16, 8, 2, d).to(dtype), torch.zeros(2, 1024, d).to(dtype), k)
+        q, sub_keys = torch.zeros(16, 8, 2, d, dtype=dtype), torch.zeros(2, 1024, d, dtype=dtype)
+        kernels_peer.product_key_topk(q, sub_keys, k)

@@ -13,12 +13,12 @@ from lab import plots
 from model import GPT
 from peer import usage
 
-COLUMNS = ("step,tokens,seconds,loss,val_loss,val_bpb,lr,grad_norm,tokens_per_second,balance_loss,z_loss,aux_loss,"
-           "max_expert_share,entropy,dropped,experts_used,unevenness,expert_load").split(",")
+COLUMNS = ("step,tokens,seconds,loss,val_loss,val_bpb,lr,grad_norm,tokens_per_second,balance_loss,z_loss,"
+           "aux_loss,max_expert_share,entropy,dropped,experts_used,unevenness,expert_load").split(",")
 
 
 def write_log(folder, steps=60, kind="moe", evals=10, dropped=0.0, bits=1.5, best=1.0, settings=()):
-    """A run folder with a log like train.py's: layers 1 and 3 of 4 sparse, 4 experts, expert 2 of layer 3 never used."""
+    """A run folder with a log like train.py's: layers 1 and 3 of 4 sparse, 4 experts, one without tokens."""
     folder.mkdir()
     sizes = [("model.vocab_size", "256"), ("ffn.kind", kind), ("model.n_embd", "16"), ("ffn.n_expert", "4")]
     (folder / "config.toml").write_text(load_config(None, sizes + list(settings)).to_toml())
@@ -29,11 +29,13 @@ def write_log(folder, steps=60, kind="moe", evals=10, dropped=0.0, bits=1.5, bes
         if evals and step % evals == 0:
             row |= dict(val_loss=f"{loss:.8g}", val_bpb=f"{loss * bits:.8g}")
         if kind == "moe":
-            row |= dict(max_expert_share=0.5, dropped=dropped, expert_load=f";{10 + step} 10 10 10;;20 10 0 10")
+            loads = f";{10 + step} 10 10 10;;20 10 0 10"
+            row |= dict(max_expert_share=0.5, dropped=dropped, expert_load=loads)
         if kind == "peer":
             row |= dict(experts_used=0.5 + step / 200, unevenness=2 / step)
         lines.append(",".join(str(row.get(name, "")) for name in COLUMNS))
-    (folder / "log.csv").write_text("\r\n".join(lines if evals else lines[:1] + lines[2:]) + "\r\n", newline="")
+    lines = lines if evals else lines[:1] + lines[2:]
+    (folder / "log.csv").write_text("\r\n".join(lines) + "\r\n", newline="")
     return folder
 
 
@@ -65,13 +67,19 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path, cut):
     assert log["step"][-1] == 59 and log["expert_load"][3][-1].tolist() == [20, 10, 0, 10]
 
 
+def test_rows_of_another_length_are_left_out(tmp_path):
+    path = write_log(tmp_path / "run") / "log.csv"
+    path.write_text(path.read_text() + "61,7\n\n62" + "," * 40 + "\n")
+    assert plots.read_log(path)["step"][-1] == 60
+
+
 def test_a_long_log_is_averaged_in_groups_and_keeps_its_evaluations(tmp_path):
     path = write_log(tmp_path / "run", steps=1000, evals=100) / "log.csv"
     full, short = plots.read_log(path), plots.read_log(path, points=101)
-    assert len(short["step"]) == 101 and len(full["step"]) == 1001                # groups of 10, the last of one row
+    assert len(short["step"]) == 101 and len(full["step"]) == 1001      # groups of 10, the last of one row
     assert plots.column(short, "val_loss")[1].tolist() == plots.column(full, "val_loss")[1].tolist()
     assert short["loss"][3] == pytest.approx(full["loss"][30:40].mean())
-    assert short["loss"][0] == pytest.approx(full["loss"][1:10].mean())           # step 0 has none
+    assert short["loss"][0] == pytest.approx(full["loss"][1:10].mean()) # step 0 has none
     assert short["expert_load"][1][3].tolist() == full["expert_load"][1][30:40].sum(0).tolist()
     assert short["step"][3] == 34.5
 
@@ -105,7 +113,7 @@ def test_loss_figure_shows_the_log(tmp_path):
     raw, _, validation = ax.lines
     assert raw.get_ydata()[-1] == run.log["loss"][-1] and len(validation.get_xdata()) == 7
     low, high = ax.get_ylim()
-    assert low < 1.0 < high < 5.0                                       # what the plunge leaves, not all of it
+    assert low < 1.0 < high < 5.0                                   # without the first plunge
     assert {a.get_xlabel() or a.get_ylabel() for a in ax.child_axes} == {
         "training tokens (millions)", "validation bits per byte"}
     title = figure.get_suptitle()
@@ -118,7 +126,8 @@ def test_load_maps_show_share_times_experts():
     load = np.array([[np.nan] * 4, [10, 20, 10, 0], [30, 10, 0, 0], [5, 5, 5, 5]])
     ax = plots.new_figure(4, 3, "").subplots()
     image, middle, relative = plots.load_map(ax, np.arange(4.0), load)
-    assert np.allclose(relative, [[1, 2, 1, 0], [3, 1, 0, 0], [1, 1, 1, 1]]) and middle.tolist() == [1.5, 2.5, 3.5]
+    assert np.allclose(relative, [[1, 2, 1, 0], [3, 1, 0, 0], [1, 1, 1, 1]])
+    assert middle.tolist() == [1.5, 2.5, 3.5]
     assert image.get_array().mask.T.tolist() == [[False] * 3 + [True], [False] * 2 + [True] * 2, [False] * 4]
     _, middle, relative = plots.load_map(ax, np.arange(4.0), load, columns=1)
     assert np.allclose(relative, [[45 / 25, 35 / 25, 15 / 25, 5 / 25]])
@@ -137,11 +146,11 @@ def test_load_figure_has_a_map_per_sparse_layer_and_dropped_pairs_if_any(tmp_pat
 
 
 def test_comparison_puts_the_best_first_and_tokens_below(tmp_path):
-    runs = [plots.open_run(write_log(tmp_path / name, best=best, evals=evals, settings=[("train.seed", seed)]))
-            for name, best, evals, seed in [("c", 1.3, 10, "1"), ("a", 1.1, 10, "2"), ("b", 1.2, 0, "3")]]
+    runs = [plots.open_run(write_log(tmp_path / seed, best=best, evals=n, settings=[("train.seed", seed)]))
+            for seed, best, n in [("3", 1.3, 10), ("1", 1.1, 10), ("2", 1.2, 0)]]
     figure = plots.compare_figure(runs)
     ax = figure.axes[0]
-    assert [t.get_text().split(" ")[0] for t in ax.get_legend().get_texts()] == ["a", "b", "c"]
+    assert [t.get_text().split(" ")[0] for t in ax.get_legend().get_texts()] == ["1", "2", "3"]
     assert "training" in ax.get_legend().get_texts()[1].get_text()
     assert ax.lines[0].get_xdata()[-1] == pytest.approx(6000 / 1e6) and "nats" in ax.get_ylabel()
     assert figure.get_suptitle().endswith("runs differ in train.seed")
@@ -168,9 +177,10 @@ def test_usage_histogram_is_sorted_and_agrees_with_the_metrics():
 def test_validation_loads_come_from_the_checkpoint(tmp_path):
     """Experts too many for the log: the best checkpoint is run over the validation batches."""
     (tmp_path / "text.txt").write_text("the cat sat on the mat, and the dog did not. " * 300)
-    settings = [("data.name", str(tmp_path / "text.txt")), ("data.dir", str(tmp_path / "data")), ("train.batch_size", "2"),
-                ("model.block_size", "16"), ("train.eval_batches", "3"), ("ffn.peer_path", "readable"),
-                ("ffn.n_keys", "6"), ("ffn.peer_top_k", "2"), ("model.n_layer", "2"), ("model.n_head", "2")]
+    settings = [("data.name", str(tmp_path / "text.txt")), ("data.dir", str(tmp_path / "data")),
+                ("train.batch_size", "2"), ("train.eval_batches", "3"), ("model.block_size", "16"),
+                ("model.n_layer", "2"), ("model.n_head", "2"), ("ffn.peer_path", "readable"),
+                ("ffn.n_keys", "6"), ("ffn.peer_top_k", "2")]
     folder = write_log(tmp_path / "run", kind="peer", settings=settings)
     run = plots.open_run(folder)
     d = run.config.data
@@ -179,7 +189,8 @@ def test_validation_loads_come_from_the_checkpoint(tmp_path):
     checkpoint.save(folder / "ckpt_best.pt", header, GPT(run.config).state_dict())
     loads = plots.validation_loads(run)
     assert list(loads) == [1] and loads[1].shape == (36,)
-    assert loads[1].sum() == pytest.approx(3 * 2 * 16 * run.config.ffn.peer_heads, rel=1e-4)    # a softmax per head
+    tokens, heads = 3 * 2 * 16, run.config.ffn.peer_heads
+    assert loads[1].sum() == pytest.approx(tokens * heads, rel=1e-4)    # the weights of a head sum to 1
     assert [path.name for path in plots.draw([run])] == ["loss.png", "usage.png"]
     assert png_size(folder / "usage.png") == (1950, 975)
 
@@ -208,7 +219,8 @@ def test_several_runs_share_a_figure_and_keep_their_own_loads(tmp_path, capsys):
                write_log(tmp_path / "peer", kind="peer", evals=0)]
     result = program(capsys, *folders, "--out", tmp_path / "both.png")
     assert result.status == 0 and not result.err
-    assert result.out.split() == [str(tmp_path / "both.png"), str(folders[0] / "load.png"), str(folders[2] / "usage.png")]
+    assert result.out.split() == [str(path) for path in (
+        tmp_path / "both.png", folders[0] / "load.png", folders[2] / "usage.png")]
     assert png_size(tmp_path / "both.png") == png_size(folders[2] / "usage.png") == (1650, 975)
 
 
@@ -222,8 +234,9 @@ def test_a_run_that_has_only_begun(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, words", [
     (["nowhere"], "nowhere: no such run folder"), (["{}"], "log.csv: no log to draw"), ([], "RUN_DIR"),
-    (["{}/run", "--out", "{}/no/such/x.png"], "cannot be written"), (["{}/run", "--out", "{}/x.doc"], "cannot be written"),
-    (["{}/run", "--uot", "x"], "did you mean --out"), (["{}/bad"], "config.toml")])
+    (["{}/run", "--out", "{}/no/x.png"], "cannot be written"),
+    (["{}/run", "--out", "{}/x.doc"], "cannot be written"), (["{}/bad"], "config.toml"),
+    (["{}/run", "--uot", "x"], "did you mean --out")])
 def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, argv, words):
     write_log(tmp_path / "run", steps=5)
     (write_log(tmp_path / "bad", steps=5) / "config.toml").write_text("[model\n")
