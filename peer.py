@@ -126,7 +126,7 @@ class TopKLean(torch.autograd.Function):
 
 
 def slices(width, *tensors):
-    """Cuts tensors along their tokens so that `width` numbers a token fill 2 MiB, a core's cache (GPU: 64 MiB):
+    """Cuts tensors along their tokens so that `width` numbers a token fill 2 MiB, a core's cache (GPU: 64):
     smaller slices pay for their launches, larger ones leave the cache."""
     step = max(1, (2 ** 19 if tensors[0].device.type == "cpu" else 2 ** 24) // width)
     return zip(*(t.split(step) for t in tensors))
@@ -192,8 +192,8 @@ PASSES = dict(lean=(lean_forward, lean_backward_tokens, lean_backward_table),
 
 class GatheredExperts(torch.autograd.Function):
     """experts_readable without the gathered rows: keeps x, idx, gates and pre-activations (n, R) for
-    backward, which reads the rows again. `path` lean: plain PyTorch; fused: the Triton kernels. Both write the
-    table's gradient in a fixed order (lean on CUDA, which PKM takes, by atomic additions in any order).
+    backward, which reads the rows again. `path` lean: plain PyTorch; fused: the Triton kernels. Both write
+    the table's gradient in a fixed order (but lean on CUDA, which PKM takes, by atomic additions in any).
 
     That gradient: without a .grad on the table, backward returns a dense one, as any function does. With one,
     it adds its rows to that and returns None; autograd would first fill another tensor, 2 GiB at N = 2^20,

@@ -212,7 +212,7 @@ def test_losses_are_per_layer_and_not_pooled():
 def test_auto_picks_the_routers_own_loss():
     own = dict(topk="switch", noisy_topk="importance_load", gshard="gshard", sigmoid="loss_free",
                sinkhorn="none", base="none", hash="none", expert_choice="none", domain="none", rl="switch",
-               switch="switch", soft="switch", sample_top1="switch")
+               switch="switch", soft="none", sample_top1="switch")
     assert {r: config_of(r).ffn.balance for r in ROUTERS} == own
 
 

@@ -422,7 +422,7 @@ def test_published_parameter_counts(name, total, active):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_preset_loads_and_runs(path):
-    config = load_config(path, [("model.block_size", "16")])
+    config = load_config(path, [("model.block_size", "16"), ("ffn.n_keys", "16")])
     config.model.vocab_size = 64
     torch.manual_seed(0)
     model = GPT(config)
