@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,7 @@ def load(path, device="cpu"):
     return checkpoint
 
 
-def load_last(folder, device="cpu", say=print):
+def load_last(folder, device="cpu", say=lambda text: print(text, file=sys.stderr)):
     """The newest whole checkpoint of a run folder: ckpt_last, else the one before it, and says so."""
     try:
         return load(Path(folder) / LAST, device)
@@ -227,6 +228,7 @@ def cut_log(path, step):
     last row that a killed process left unfinished."""
     if not Path(path).exists():
         return
+    csv.field_size_limit(1 << 24)                       # expert_load of many wide layers is longer than csv's limit
     with (open(path, newline="", encoding="utf-8") as old,
           open(f"{path}.part", "w", newline="", encoding="utf-8") as new):
         rows, writer = csv.reader(old), csv.writer(new)

@@ -323,7 +323,7 @@ class MoE(nn.Module):
         self.experts = Experts(config.experts, d, config.expert_width, config.activation)
         self.shared = MLP(d, width, config.activation) if width else None
         self.shared_gate = nn.Linear(d, 1, bias=False) if config.shared_gate else None
-        self.norm = nn.RMSNorm(d) if config.output_norm else None
+        self.norm = nn.LayerNorm(d) if config.output_norm else None
 
     def forward(self, x, ctx):
         c, (B, T, d) = self.config, x.shape

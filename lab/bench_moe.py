@@ -16,7 +16,7 @@ from torch import nn
 import moe
 from config import load_config
 from kernels import HAS_TRITON
-from lab.measure import INPUTS, Arm, check, measure, print_table, saved_mib
+from lab.measure import INPUTS, Arm, check, if_it_fits, measure, print_table, saved_mib
 from routers import Context
 
 
@@ -144,7 +144,7 @@ def paths_of(device):
     if device == "cpu" or not HAS_TRITON:
         del paths["fused"]
     with contextlib.suppress(ImportError):
-        import transformers.integrations.moe  # noqa: F401
+        import transformers.integrations.moe             # noqa: F401, only asked for
         paths["transformers"] = transformers_grouped
     return paths
 
@@ -211,7 +211,8 @@ def rows_of(machine, shape, dtype, layers, xs, dy, ctx):
     def both(layer, i):
         return torch.autograd.grad(forward(layer, i), [xs[i], *layer.parameters()], dy)
 
-    rows, saved = [], {name: saved_by(layer, xs[0], ctx) for name, layer in layers.items()}
+    saved = {name: if_it_fits(lambda: saved_by(layer, xs[0], ctx)) for name, layer in layers.items()}
+    rows = []
     for direction, run in ("fwd", forward), ("fwd+bwd", both):
         flops = shape.flops(direction)
         floor = machine.compute_ms(flops, dtype)

@@ -134,6 +134,15 @@ def peak_mib(device, run):
     return peak / MIB
 
 
+def if_it_fits(run):
+    """run(), or None if the memory of the GPU does not suffice."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+
+
 def saved_mib(run, parameters=()):
     """MiB that autograd keeps for the backward pass of run(), which returns its output."""
     left_out, kept = {p.untyped_storage().data_ptr() for p in parameters}, {}
@@ -167,22 +176,21 @@ def check(path, shape, names, got, want, dtype):
 def measure(machine, bench, shape, dtype, direction, arms):
     """Rows, one for each of the arms {name: Arm}. A ratio is to the arm `dense`, of a compiled arm to
     `dense compiled`. An arm that does not fit into CUDA memory gets a row without a time."""
-    peaks, device = {}, machine.device
-    for name, arm in arms.items():
-        try:
-            arm.run(0)                                  # compiles, and makes what is made only once
-            peaks[name] = peak_mib(device, lambda: arm.run(0))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-    times = interleave(device, {name: arms[name].run for name in peaks}, machine.warmup, machine.repeats)
-    rows = []
+    def peak(arm):
+        arm.run(0)                                      # compiles, and makes what is made only once
+        return peak_mib(device, lambda: arm.run(0))
+
+    device, rows = machine.device, []
+    peaks = {name: if_it_fits(lambda: peak(arm)) for name, arm in arms.items()}
+    runs = {name: arm.run for name, arm in arms.items() if peaks[name] is not None}
+    times = interleave(device, runs, machine.warmup, machine.repeats)
     for name, arm in arms.items():
         ms = ratio = None
         if name in times:
             ms = statistics.median(times[name])
             dense = times.get("dense compiled" if name.endswith(" compiled") else "dense")
             ratio = dense and statistics.median(a / b for a, b in zip(times[name], dense))
-        rows.append(make_row(bench, device, shape, name, dtype, direction, arm, ms, ratio, peaks.get(name)))
+        rows.append(make_row(bench, device, shape, name, dtype, direction, arm, ms, ratio, peaks[name]))
     return rows
 
 

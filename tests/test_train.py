@@ -255,7 +255,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(corpora, tmp_pat
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
     assert train.main(["--out", str(tmp_path / "run"), "--resume", "--quiet"]) == 0
-    assert "damaged" in capsys.readouterr().out
+    assert "damaged" in capsys.readouterr().err
     assert weights(tmp_path / "run").header["step"] == 6
 
 
