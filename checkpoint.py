@@ -228,7 +228,7 @@ def cut_log(path, step):
     last row that a killed process left unfinished."""
     if not Path(path).exists():
         return
-    csv.field_size_limit(1 << 24)                       # expert_load of many wide layers is longer than csv's limit
+    csv.field_size_limit(1 << 24)                 # expert_load of many wide layers is longer than csv's limit
     with (open(path, newline="", encoding="utf-8") as old,
           open(f"{path}.part", "w", newline="", encoding="utf-8") as new):
         rows, writer = csv.reader(old), csv.writer(new)

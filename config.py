@@ -25,7 +25,7 @@ ROUTERS = {
     "gshard": "top-2, the second by chance [draws noise in training]",
     "sigmoid": "DeepSeek-V3's, for loss-free balancing",
     "sinkhorn": "S-BASE [training looks across the batch and ahead; evaluation does not]",
-    "base": "balanced assignment [training looks across the batch and ahead, evaluation does not; not compiled]",
+    "base": "balanced assignment [training looks across the batch and ahead, evaluation not; never compiled]",
     "hash": "a fixed table of token ids",
     "rl": "REINFORCE on the token's own loss [draws noise in training]",
     "expert_choice": "experts choose among the sequences at one position [looks across the batch, always]",
@@ -105,8 +105,8 @@ class FFNConfig:
     comm_loss: float = opt(0.0, "alpha_3 of deepseek: balance of tokens sent to each group", low=0.0)
     z_loss: float = opt(0.0, "coefficient of the router z-loss (ST-MoE: 0.001)", low=0.0)
     bias_rate: float = opt(0.001, "u of loss_free: step of the selection bias", low=0.0)
-    capacity_factor: float = opt(0.0, "slots per expert in training, times k n / E; tokens beyond are "
-                                 "dropped (0: dropless)", low=0.0)
+    capacity_factor: float = opt(0.0, "slots per expert in training, times k n / E, for which the sequences of "
+                                 "a batch compete; later positions are dropped first (0: dropless)", low=0.0)
     eval_capacity_factor: float = opt(0.0, "the same in evaluation (0: dropless)", low=0.0)
     dispatch: str = opt("auto", "how tokens travel to the experts; every choice gives the same numbers",
                         choices=["auto", "loop", "padded", "grouped", "fused"])

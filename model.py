@@ -54,8 +54,8 @@ class Cache:
 
 
 class NormOnCPU(torch.autograd.Function):
-    """x / sqrt(mean x^2 + eps) * w, eps = 1e-5, in few passes over x. F.rms_norm, the same function, is one kernel
-    on CUDA; on a CPU it is a dozen, and took a sixth of the step of a small model."""
+    """x / sqrt(mean x^2 + eps) * w, eps = 1e-5, in few passes over x. F.rms_norm, the same function, is one
+    kernel on CUDA; on a CPU it is a dozen, and took a sixth of the step of a small model."""
 
     @staticmethod
     def forward(ctx, x, w):

@@ -163,7 +163,8 @@ class GroupedExperts(torch.autograd.Function):
 class ExpertByExpert(torch.autograd.Function):
     """GroupedExperts for a CPU, where F.grouped_mm is a loop of products anyway: with the loop out here, the
     rows of one expert are gathered, transformed and added home while they are in cache, and no (P, d) tensor
-    is ever allocated. Saves the same tensors. Reads the offsets, which costs nothing on a CPU.
+    is ever allocated. Saves the same tensors. Reads the offsets, which costs nothing on a CPU. For float32:
+    in bfloat16 F.grouped_mm is the faster of the two (lab/bench.py moe, path grouped_mm).
     """
 
     @staticmethod
@@ -230,8 +231,8 @@ def dispatch_grouped(x, routing, experts, fused=False):
     offsets = torch.searchsorted(sorted_expert, ids, right=True, out_int32=True)     # (E,) ends of the groups
     token = routing.token.index_select(0, order)
     gate = pair_weights(routing, torch.float32).index_select(0, order)
-    on_cpu = x.device.type == "cpu" and not fused and not torch.compiler.is_compiling()
-    function = ExpertByExpert if on_cpu else GroupedExperts
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    function = ExpertByExpert if on_cpu and not fused else GroupedExperts
     return function.apply(x, experts.w_in.to(x.dtype), experts.w_out.to(x.dtype), gate, order, token, offsets,
                           routing.k, experts.activation, fused)
 
@@ -292,10 +293,10 @@ def grouped_refusal(experts, dtype):
 def choose_dispatch(wanted, experts, x):
     """The path that `ffn.dispatch = auto` takes, and the refusal of an explicit one that cannot run.
 
-    CPU: grouped, expert by expert; the fastest at every shape of lab/bench.py moe (never fused, which a CPU
-    could only interpret). CUDA with Triton: fused, whose kernels move each row once and keep nothing but
-    layer input and pre-activation. Widths that the grouped product refuses, and dtypes that it does not know,
-    take the loop. Raises ValueError for an explicit grouped or fused that cannot run.
+    CPU: grouped, as ExpertByExpert in float32 (never fused, which a CPU could only interpret). CUDA with
+    Triton: fused, whose kernels move each row once and keep nothing but layer input and pre-activation.
+    Widths that the grouped product refuses, and dtypes that it does not know, take the loop. Raises
+    ValueError for an explicit grouped or fused that cannot run.
     """
     refusal = grouped_refusal(experts, x.dtype)
     if wanted in ("grouped", "fused") and refusal:
@@ -323,7 +324,7 @@ class MoE(nn.Module):
         self.experts = Experts(config.experts, d, config.expert_width, config.activation)
         self.shared = MLP(d, width, config.activation) if width else None
         self.shared_gate = nn.Linear(d, 1, bias=False) if config.shared_gate else None
-        self.norm = nn.LayerNorm(d) if config.output_norm else None
+        self.norm = nn.LayerNorm(d, bias=False) if config.output_norm else None
 
     def forward(self, x, ctx):
         c, (B, T, d) = self.config, x.shape

@@ -298,7 +298,8 @@ def loop(trainer, out, log, valid, stop, bar, say):
     t = trainer.config.train
     if trainer.done == 0:                            # where it starts: log V, or what init_from brought along
         log.write([dict(step=0, tokens=0, seconds=0.0)], **assess(trainer, out, valid, say))
-    while trainer.done < t.max_steps and not stop.name:
+    ends = trainer.done >= t.max_steps
+    while not ends:                          # asked once a step: a signal that comes later waits for the next
         log.rows.append(trainer.step())
         ends = trainer.done == t.max_steps or stop.name is not None
         evaluates = ends or due(trainer.done, t.eval_every)

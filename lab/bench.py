@@ -129,8 +129,8 @@ def main(argv=None):
         options, _ = parse(build_parser(), argv)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-        if options.json and not Path(options.json).parent.is_dir():
-            raise ConfigError(f"--json {options.json}: make the folder {Path(options.json).parent} first")
+        if options.json and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
+            raise ConfigError(f"--json {options.json}: must be a file in a folder that exists")
         rows = run(options)
     except ConfigError as e:
         return fail(e)

@@ -272,6 +272,7 @@ def test_gpu_models_have_equal_active_flops():
     ([], "bench"),
     (["moe", "--shape", "quick"], "did you mean --shapes"),
     (["moe", "--json", "no/such/folder/rows.json"], "no/such/folder"),
+    (["moe", "--json", "."], "must be a file"),
     pytest.param(["moe", "--device", "cuda"], "no CUDA device",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")),
 ])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import ONE_EXPERT, load_config, sparse_layers
+from config import ONE_EXPERT, all_fields, load_config, sparse_layers
 from model import GPT, Cache, rotary_table, rotate
 from moe import Dense, MoE
 from tiny import KINDS, LEARNED, ROUTERS, batch_of, config_of, model_of, run
@@ -33,11 +33,13 @@ def with_changed_future(idx, t):
 
 # ---- 1. the router learns from the language-model loss
 
-@pytest.mark.parametrize("kind,k", [(r, 1) for r in LEARNED if r not in ("noisy_topk", "gshard")] +
-                         [(r, 2) for r in LEARNED if r not in ONE_EXPERT])
-def test_router_gets_a_gradient_from_the_language_model_loss(kind, k):
+@pytest.mark.parametrize("kind,k,order", [
+    *((r, 1, "softmax_then_topk") for r in LEARNED if r not in ("noisy_topk", "gshard")),
+    *((r, 2, "topk_then_softmax") for r in LEARNED if r not in ONE_EXPERT),
+    *(("topk", 2, order) for order in ("softmax_then_topk", "softmax_then_topk_renorm"))])
+def test_router_gets_a_gradient_from_the_language_model_loss(kind, k, order):
     """Without any balance loss. rl has a constant gate: its objective is the reward, the token's own loss."""
-    more = {"ffn.top_k": k, "ffn.balance": "none", "ffn.gate_order": "softmax_then_topk"}
+    more = {"ffn.top_k": k, "ffn.balance": "none", "ffn.gate_order": order}
     idx, targets, _ = batch_of()
     model = model_of(kind, more)
     out = run(model, idx, targets)
@@ -117,13 +119,16 @@ def test_batch_norm_mixes_neighbours_in_training_only(kind):
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("kind", ["topk", "switch", "gshard", "sigmoid", "hash"])
 def test_capacity_is_causal(kind, train):
-    """A full expert turns away later positions, never earlier ones. (Neighbours do compete for slots.)"""
+    """A full expert turns away later positions, never earlier ones. Neighbours compete, as the help says."""
     idx, _, _ = batch_of(B=4)
     model = model_of(kind, {"ffn.capacity_factor": 0.5, "ffn.eval_capacity_factor": 0.5}).train(train)
     for t in (0, 3, 6):
         a, b = logits(model, idx), logits(model, with_changed_future(idx, t))
         torch.testing.assert_close(a[:, :t + 1], b[:, :t + 1], rtol=1e-5, atol=1e-5)
     assert all(float(s.dropped) > 0.1 for s in run(model, idx).stats)
+    other = torch.cat([idx[:1], (idx[1:] + 5) % V])
+    assert (logits(model, idx)[0] - logits(model, other)[0]).abs().max() > 1e-3
+    assert "compete" in dict(all_fields())["ffn.capacity_factor"].metadata["help"]
 
 
 # ---- 5. evaluation

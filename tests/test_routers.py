@@ -376,6 +376,7 @@ def test_domain_takes_the_label_or_mixes_evenly():
     router = router_of("domain")
     r = router(x, ctx)
     assert torch.equal(r.expert.view(B, T), ctx.domain.unsqueeze(1).expand(B, T)) and (r.weight == 1).all()
+    assert not list(router.parameters())
     r = router(x, ctx._replace(domain=None))
     assert r.k == 4 and (r.weight == 0.25).all()
     assert (chosen(r)[0] == torch.arange(4)).all()
