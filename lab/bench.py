@@ -40,8 +40,9 @@ def model_sets(device):
     """{title: {arm: Config}}: each time a dense model (E1) and another of equal active FLOPs, or, with PEER,
     one whose other layers are the same."""
     if device == "cpu":
-        return {"quick.toml": {"dense": model_config(CONFIGS / "dense.toml"),
-                               "moe E8 k2": model_config(CONFIGS / "quick.toml")}}
+        arms = {"dense": CONFIGS / "dense.toml", "moe E8 k2": CONFIGS / "quick.toml"}
+        return {f"quick.toml {size}": {name: model_config(path, **{"train.batch_size": size})
+                                       for name, path in arms.items()} for size in (12, 32)}
     dense = model_config(**GPT_124M, **{"ffn.kind": "dense"})
     arms = {"E2 (M4)": ("moe E8 k2", E2_M4), "E2 (M5)": ("moe E64 k7+1", E2_M5), "E3": ("peer N1024^2", E3)}
     return {title: {"dense": dense, name: model_config(**GPT_124M, **own)}
