@@ -90,7 +90,7 @@ def bench_model(machine, sets):
 
 # ---- the program ----
 
-ROUNDS = {("cpu", "quick"): (1, 5), ("cpu", "full"): (2, 9),                   # warm-up, counted
+ROUNDS = {("cpu", "quick"): (1, 3), ("cpu", "full"): (2, 9),                   # warm-up, counted
           ("cuda", "quick"): (3, 10), ("cuda", "full"): (10, 30)}
 
 

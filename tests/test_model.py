@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from config import ONE_EXPERT, all_fields, load_config, sparse_layers
-from model import GPT, Cache, rotary_table, rotate
+from model import GPT, Cache, NormOnCPU, RMSNorm, rotary_table, rotate
 from moe import Dense, MoE
 from tiny import KINDS, LEARNED, ROUTERS, batch_of, config_of, model_of, run
 
@@ -320,6 +320,27 @@ def test_grouped_query_heads_equal_repeated_heads():
     full.load_state_dict(state)
     idx = batch_of()[0]
     torch.testing.assert_close(logits(grouped, idx), logits(full, idx), rtol=1e-5, atol=1e-5)
+
+
+# ---- norm
+
+def test_norm_on_cpu_equals_rms_norm():
+    """Outputs and gradients, under autocast too, and against finite differences in float64."""
+    x, dy = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(0))
+    for autocast in (False, True):
+        results = []
+        for norm in (RMSNorm(16), lambda x: F.rms_norm(x, (16,), weight, eps=1e-5)):
+            weight = torch.linspace(0.5, 2, 16).requires_grad_()
+            if isinstance(norm, RMSNorm):
+                norm.weight = torch.nn.Parameter(weight.detach().clone())
+            leaf, w = x.clone().requires_grad_(), getattr(norm, "weight", weight)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = norm(leaf)
+            results.append([y, *torch.autograd.grad(y, (leaf, w), dy.to(y.dtype))])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    double = [t.double().requires_grad_() for t in (x, torch.linspace(0.5, 2, 16))]
+    assert torch.autograd.gradcheck(NormOnCPU.apply, double)
 
 
 # ---- loss in slices
