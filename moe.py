@@ -163,8 +163,8 @@ class GroupedExperts(torch.autograd.Function):
 class ExpertByExpert(torch.autograd.Function):
     """GroupedExperts for a CPU, where F.grouped_mm is a loop of products anyway: with the loop out here, the
     rows of one expert are gathered, transformed and added home while they are in cache, and no (P, d) tensor
-    is ever allocated. Saves the same tensors. Reads the offsets, which costs nothing on a CPU. For float32:
-    in bfloat16 F.grouped_mm is the faster of the two (lab/bench.py moe, path grouped_mm).
+    is ever allocated. Saves the same tensors. Reads the offsets, which costs nothing on a CPU. For float32
+    and experts with much to do: see pays_by_expert.
     """
 
     @staticmethod
@@ -231,10 +231,19 @@ def dispatch_grouped(x, routing, experts, fused=False):
     offsets = torch.searchsorted(sorted_expert, ids, right=True, out_int32=True)     # (E,) ends of the groups
     token = routing.token.index_select(0, order)
     gate = pair_weights(routing, torch.float32).index_select(0, order)
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    function = ExpertByExpert if on_cpu and not fused else GroupedExperts
+    function = ExpertByExpert if pays_by_expert(x, token, experts) and not fused else GroupedExperts
     return function.apply(x, experts.w_in.to(x.dtype), experts.w_out.to(x.dtype), gate, order, token, offsets,
                           routing.k, experts.activation, fused)
+
+
+def pays_by_expert(x, token, experts):
+    """Where ExpertByExpert is the faster one (lab/bench.py moe): eager float32 on a CPU, and more than 2^25
+    multiplications in an expert's first product. Below, its dozen calls for each expert cost more than they
+    save."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    E, n, d = experts.w_in.shape
+    return token.numel() * n * d > E * 2 ** 25
 
 
 def dispatch_fused(x, routing, experts):
@@ -293,10 +302,10 @@ def grouped_refusal(experts, dtype):
 def choose_dispatch(wanted, experts, x):
     """The path that `ffn.dispatch = auto` takes, and the refusal of an explicit one that cannot run.
 
-    CPU: grouped, as ExpertByExpert in float32 (never fused, which a CPU could only interpret). CUDA with
-    Triton: fused, whose kernels move each row once and keep nothing but layer input and pre-activation.
-    Widths that the grouped product refuses, and dtypes that it does not know, take the loop. Raises
-    ValueError for an explicit grouped or fused that cannot run.
+    CPU: grouped (never fused, which a CPU could only interpret). CUDA with Triton: fused, whose kernels move
+    each row once and keep nothing but layer input and pre-activation. Widths that the grouped product
+    refuses, and dtypes that it does not know, take the loop. Raises ValueError for an explicit grouped or
+    fused that cannot run.
     """
     refusal = grouped_refusal(experts, x.dtype)
     if wanted in ("grouped", "fused") and refusal:
@@ -365,9 +374,10 @@ class MoE(nn.Module):
 
     def update_bias(self, load):
         """After each optimizer step, with the (E,) load of the whole step: moves the selection bias of
-        loss_free."""
-        if self.config.balance == "loss_free":
-            update_bias(self.router.bias, load, self.config.bias_rate)
+        loss_free. Experts whose routes are frozen keep theirs; the others are balanced among themselves."""
+        first = self.config.n_frozen if self.config.frozen_routes else 0
+        if self.config.balance == "loss_free" and first < self.config.experts:
+            update_bias(self.router.bias[first:], load[first:], self.config.bias_rate)
 
 
 def entropy(probs, load):

@@ -113,7 +113,7 @@ def cast_experts(layer, dtype):
 
 
 def grouped_mm(x, routing, experts):
-    """dispatch_grouped with F.grouped_mm also where it would go expert by expert, that is on a CPU."""
+    """dispatch_grouped with F.grouped_mm also where a CPU would go expert by expert (moe.pays_by_expert)."""
     with mock.patch.object(moe, "ExpertByExpert", moe.GroupedExperts):
         return moe.dispatch_grouped(x, routing, experts)
 

@@ -109,6 +109,22 @@ def check(path, r, E, d=8, n=8, kind="swiglu", tokens=12):
         torch.testing.assert_close(a.double(), b, rtol=close, atol=close, msg=lambda m: f"{name}: {m}")
 
 
+def test_large_experts_of_a_cpu_go_one_by_one(monkeypatch):
+    """And give what F.grouped_mm gives: the choice changes no number but by rounding."""
+    taken = []
+    for function in (ExpertByExpert, GroupedExperts):
+        def forward(*args, function=function, plain=function.forward):
+            taken.append(function)
+            return plain(*args)
+        monkeypatch.setattr(function, "forward", staticmethod(forward))
+    for tokens, expected in ((64, GroupedExperts), (9000, ExpertByExpert)):
+        x, r = torch.randn(tokens, 64), routing_of(random_indices(tokens, 1, range(2)))
+        experts = experts_of(2, 64, 64, "swiglu", torch.float32)
+        y = dispatch_grouped(x, r, experts)
+        assert taken.pop() is expected
+        torch.testing.assert_close(y, dispatch_loop(x, r, experts), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_equals_the_per_token_loop(path, case):
