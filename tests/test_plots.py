@@ -9,7 +9,8 @@ import torch
 import checkpoint
 from config import load_config
 from data.prepare import find_or_prepare
-from lab import plots
+from lab import ancestry, plots
+from lab.runs import read_log
 from model import GPT
 from peer import usage
 
@@ -49,7 +50,7 @@ def png_size(path):
 # --- reading ---
 
 def test_a_log_becomes_columns_with_nan_where_a_row_has_no_value(tmp_path):
-    log = plots.read_log(write_log(tmp_path / "run") / "log.csv")
+    log = read_log(write_log(tmp_path / "run") / "log.csv")
     assert set(log) == set(COLUMNS)
     assert log["step"].tolist() == list(range(61)) and np.isnan(log["loss"][0]) and np.isnan(log["lr"]).all()
     steps, values = plots.column(log, "val_loss")
@@ -63,19 +64,19 @@ def test_a_log_becomes_columns_with_nan_where_a_row_has_no_value(tmp_path):
 def test_a_line_that_was_cut_off_is_left_out(tmp_path, cut):
     path = write_log(tmp_path / "run") / "log.csv"
     path.write_bytes(path.read_bytes().rstrip()[:-cut])
-    log = plots.read_log(path)
+    log = read_log(path)
     assert log["step"][-1] == 59 and log["expert_load"][3][-1].tolist() == [20, 10, 0, 10]
 
 
 def test_rows_of_another_length_are_left_out(tmp_path):
     path = write_log(tmp_path / "run") / "log.csv"
     path.write_text(path.read_text() + "61,7\n\n62" + "," * 40 + "\n")
-    assert plots.read_log(path)["step"][-1] == 60
+    assert read_log(path)["step"][-1] == 60
 
 
 def test_a_long_log_is_averaged_in_groups_and_keeps_its_evaluations(tmp_path):
     path = write_log(tmp_path / "run", steps=1000, evals=100) / "log.csv"
-    full, short = plots.read_log(path), plots.read_log(path, points=101)
+    full, short = read_log(path), read_log(path, points=101)
     assert len(short["step"]) == 101 and len(full["step"]) == 1001      # groups of 10, the last of one row
     assert plots.column(short, "val_loss")[1].tolist() == plots.column(full, "val_loss")[1].tolist()
     assert short["loss"][3] == pytest.approx(full["loss"][30:40].mean())
@@ -88,13 +89,13 @@ def test_a_long_log_is_averaged_in_groups_and_keeps_its_evaluations(tmp_path):
 def test_an_empty_or_foreign_log_is_an_error_that_names_it(tmp_path, content):
     (tmp_path / "log.csv").write_text(content)
     with pytest.raises(plots.LogError, match="log.csv: holds no step yet"):
-        plots.read_log(tmp_path / "log.csv")
+        read_log(tmp_path / "log.csv")
 
 
 def test_a_field_may_be_long(tmp_path):
     loads = ";".join([" ".join(["123456"] * 1024)] * 30)
     (tmp_path / "log.csv").write_text(f"step,expert_load\n1,{loads}\n")
-    assert len(plots.read_log(tmp_path / "log.csv")["expert_load"]) == 30
+    assert len(read_log(tmp_path / "log.csv")["expert_load"]) == 30
 
 
 def test_smooth_does_not_lag():
@@ -185,7 +186,8 @@ def test_validation_loads_come_from_the_checkpoint(tmp_path):
     run = plots.open_run(folder)
     d = run.config.data
     _, tokenizer = find_or_prepare(d.name, d.tokenizer, d.vocab_size, d.dir, quiet=True)
-    header = dict(step=1, config=run.config.to_dict(), tokenizer=tokenizer.to_dict())
+    header = dict(step=1, config=run.config.to_dict(), tokenizer=tokenizer.to_dict(),
+                  ancestry=dict(kind="train", run="run", parents=[]))
     checkpoint.save(folder / "ckpt_best.pt", header, GPT(run.config).state_dict())
     loads = plots.validation_loads(run)
     assert list(loads) == [1] and loads[1].shape == (36,)
@@ -243,3 +245,22 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, argv, words):
     result = program(capsys, *(a.format(tmp_path) for a in argv))
     assert result.status == 2 and not result.out
     assert result.err.startswith("error: ") and result.err.count("\n") == 1 and words in result.err
+
+
+# --- ancestry
+
+def test_a_family_shows_each_run_once_and_right_of_its_parents(tmp_path, monkeypatch):
+    seed = dict(kind="train", run="runs/seed", parents=[])
+    branches = [dict(kind="train", run=f"runs/{name}", parents=[seed]) for name in ("code", "docs")]
+    mix = dict(kind="mix", run="runs/mix", parents=[*branches, seed])
+    last = dict(kind="train", run="runs/tuned", parents=[mix])
+    kinds, parents = ancestry.family(last)
+    assert kinds == {"runs/tuned": "train", "runs/mix": "mix", "runs/code": "train", "runs/docs": "train",
+                     "runs/seed": "train"}
+    at = ancestry.places(parents)
+    assert [at[f"runs/{name}"][0] for name in ("seed", "code", "docs", "mix", "tuned")] == [0, 1, 1, 2, 3]
+    assert {at["runs/code"][1], at["runs/docs"][1]} == {-0.5, 0.5} and len(set(at.values())) == 5
+    for header, expected in ((last, 5), (seed, 0)):
+        checkpoint.save(tmp_path / "ckpt_last.pt", dict(ancestry=header), {})
+        figure = ancestry.ancestry_figure(tmp_path)
+        assert len(figure.axes[0].texts) - 6 == expected if figure else expected == 0      # 6 arrows
