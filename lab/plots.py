@@ -11,6 +11,7 @@ large enough for a lecture hall. Each figure is a function that returns a Figure
 import argparse
 import math
 import sys
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -218,7 +219,6 @@ def validation_loads(run):
 
 def draw(runs, out=None):
     """Writes the figures of these runs; yields each path once it is written. Raises what its parts raise."""
-    from lab.ancestry import ancestry_figure                # which draws with this file's frame and colours
     figure = loss_figure(runs[0]) if len(runs) == 1 else compare_figure(runs)
     yield save(figure, Path(out) if out else runs[0].folder / "loss.png")
     for run in runs:
@@ -230,8 +230,19 @@ def draw(runs, out=None):
             yield save(usage_figure(run, loads, source), run.folder / "usage.png")
         elif figure := load_figure(run):
             yield save(figure, run.folder / "load.png")
-        if has_run(run.folder) and (figure := ancestry_figure(run.folder)):
-            yield save(figure, run.folder / "ancestry.png")
+        yield from draw_ancestry(run.folder)
+
+
+def draw_ancestry(folder):
+    """Writes the figure of ancestry, if the folder's model has one; yields its path."""
+    from lab.ancestry import ancestry_figure                # which draws with this file's frame and colours
+    if has_run(folder) and (figure := ancestry_figure(folder)):
+        yield save(figure, Path(folder) / "ancestry.png")
+
+
+def is_made(folder):
+    """True for a model that btx.py or lifelong.py made and nobody trained yet: it has no log to draw."""
+    return has_run(folder) and not (Path(folder) / "log.csv").exists()
 
 
 def save(figure, path):
@@ -250,9 +261,11 @@ def main(argv=None):
     parser.add_argument("--out", metavar="FILE", help="the loss figure (default: RUN_DIR/loss.png)")
     try:
         options, _ = parse(parser, argv)
-        for path in draw([open_run(folder) for folder in options.runs], options.out):
+        made = [folder for folder in options.runs if is_made(folder)]
+        runs = [open_run(folder) for folder in options.runs if folder not in made]
+        for path in chain(draw(runs, options.out) if runs else [], *map(draw_ancestry, made)):
             print(path)
-    except (LogError, ConfigError, CheckpointError, DataError) as e:
+    except (LogError, ConfigError, CheckpointError, DataError, KeyboardInterrupt) as e:
         return fail(e)
     return 0
 

@@ -264,3 +264,10 @@ def test_a_family_shows_each_run_once_and_right_of_its_parents(tmp_path, monkeyp
         checkpoint.save(tmp_path / "ckpt_last.pt", dict(ancestry=header), {})
         figure = ancestry.ancestry_figure(tmp_path)
         assert len(figure.axes[0].texts) - 6 == expected if figure else expected == 0      # 6 arrows
+
+
+def test_a_made_model_that_nobody_trained_yet_shows_its_ancestry(tmp_path, capsys):
+    made = dict(kind="merge", run="runs/average", parents=[dict(kind="train", run="runs/a", parents=[])])
+    checkpoint.save(tmp_path / "ckpt_last.pt", dict(ancestry=made), {})
+    result = program(capsys, tmp_path)
+    assert result.status == 0 and result.out.split() == [str(tmp_path / "ancestry.png")]
