@@ -53,12 +53,15 @@ def ancestry_figure(folder):
     wide, high = max(x for x, _ in at.values()), max(y for _, y in at.values())
     figure = new_figure(3.5 + 3 * wide, 2 + 1.6 * high + 0.8, f"{folder.resolve().name}: where it comes from")
     ax = figure.subplots()
-    for run, (x, y) in at.items():
-        ax.text(x, y, f"{Path(run).name}\n{kinds[run]}", ha="center", va="center", zorder=3, bbox=dict(
-            boxstyle="round,pad=0.5", facecolor="white", edgecolor=KINDS.get(kinds[run], GREY), linewidth=2.2))
-        for parent in parents[run]:
-            ax.annotate("", (x - 0.22, y), (at[parent][0] + 0.22, at[parent][1]),
-                        arrowprops=dict(arrowstyle="-|>", color=GREY, linewidth=1.5, shrinkA=6, shrinkB=6))
-    ax.set(xlim=(-0.6, wide + 0.6), ylim=(-high - 0.7, high + 0.7))
+    boxes = {run: ax.text(x, y, f"{Path(run).name}\n{kinds[run]}", ha="center", va="center", bbox=dict(
+        boxstyle="round,pad=0.5", facecolor="white", edgecolor=KINDS.get(kinds[run], GREY), linewidth=2.2))
+        for run, (x, y) in at.items()}
+    for parent, child in ((p, run) for run in at for p in parents[run]):
+        far = at[child][0] - at[parent][0]
+        detour = -(1.6 * high + 0.6) / (1.5 * far) if far > 1 else 0        # above the boxes in between
+        ax.annotate("", at[child], at[parent], arrowprops=dict(
+            arrowstyle="-|>", color=GREY, linewidth=1.5, connectionstyle=f"arc3,rad={detour}", shrinkA=3,
+            shrinkB=3, patchA=boxes[parent].get_bbox_patch(), patchB=boxes[child].get_bbox_patch()))
+    ax.set(xlim=(-0.6, wide + 0.6), ylim=(-high - 0.7, high + 0.9))
     ax.axis("off")
     return figure

@@ -9,6 +9,7 @@ import torch
 import checkpoint
 from config import load_config
 from data.prepare import find_or_prepare
+from data.tokenizers import Tokenizer
 from lab import ancestry, plots
 from lab.runs import read_log
 from model import GPT
@@ -249,6 +250,11 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, argv, words):
 
 # --- ancestry
 
+def save_with(ancestry, folder):
+    header = dict(step=0, config=load_config().to_dict(), tokenizer=Tokenizer.byte().to_dict(), ancestry=ancestry)
+    checkpoint.save(folder / "ckpt_last.pt", header, {})
+
+
 def test_a_family_shows_each_run_once_and_right_of_its_parents(tmp_path, monkeypatch):
     seed = dict(kind="train", run="runs/seed", parents=[])
     branches = [dict(kind="train", run=f"runs/{name}", parents=[seed]) for name in ("code", "docs")]
@@ -261,13 +267,13 @@ def test_a_family_shows_each_run_once_and_right_of_its_parents(tmp_path, monkeyp
     assert [at[f"runs/{name}"][0] for name in ("seed", "code", "docs", "mix", "tuned")] == [0, 1, 1, 2, 3]
     assert {at["runs/code"][1], at["runs/docs"][1]} == {-0.5, 0.5} and len(set(at.values())) == 5
     for header, expected in ((last, 5), (seed, 0)):
-        checkpoint.save(tmp_path / "ckpt_last.pt", dict(ancestry=header), {})
+        save_with(header, tmp_path)
         figure = ancestry.ancestry_figure(tmp_path)
         assert len(figure.axes[0].texts) - 6 == expected if figure else expected == 0      # 6 arrows
 
 
 def test_a_made_model_that_nobody_trained_yet_shows_its_ancestry(tmp_path, capsys):
     made = dict(kind="merge", run="runs/average", parents=[dict(kind="train", run="runs/a", parents=[])])
-    checkpoint.save(tmp_path / "ckpt_last.pt", dict(ancestry=made), {})
+    save_with(made, tmp_path)
     result = program(capsys, tmp_path)
     assert result.status == 0 and result.out.split() == [str(tmp_path / "ancestry.png")]
