@@ -4,9 +4,13 @@ A router left alone feeds the experts that are already better, and most of them 
 Routing and returns a scalar before its coefficient; fractions that are counted carry no gradient, so the loss
 pushes through the probabilities alone. The normalisers differ from paper to paper, and so do the minima:
 coefficients do not transfer from one loss to another. Losses are per layer; pooling the layers first would
-let one make up for another.
+let one make up for another. With several processes they are those of the whole batch: counts and what enters
+a loss as a product or a square are summed over processes (parallel.py), a mean of tokens or sequences is not,
+since gradients are averaged anyway.
 """
 import torch
+
+from parallel import global_mean, global_sum
 
 
 def expert_counts(expert, n_expert, keep=None):
@@ -18,13 +22,14 @@ def expert_counts(expert, n_expert, keep=None):
 def switch_loss(routing, load, config, shape):
     """E sum_i f_i P_i, f the share of pairs and P the mean probability (Switch 2101.03961 eq. 4-6). Uniform:
     1."""
+    load = global_sum(load)
     return load.numel() * ((load / load.sum()) * routing.probs.mean(0)).sum()
 
 
 def gshard_loss(routing, load, config, shape):
     """mean_i (c_i / n) m_i, c the first choices and m the mean gate (GShard 2006.16668 alg. 1). Uniform:
     1/E^2."""
-    first = expert_counts(routing.expert.view(-1, routing.k)[:, 0], load.numel())
+    first = global_sum(expert_counts(routing.expert.view(-1, routing.k)[:, 0], load.numel()))
     return ((first / first.sum()) * routing.probs.mean(0)).mean()
 
 
@@ -35,22 +40,22 @@ def cv_squared(x):
 
 def importance_loss(routing, load, config, shape):
     """CV^2 of the summed gates of each expert (Shazeer 1701.06538 eq. 6-7). Uniform: 0."""
-    return cv_squared(torch.zeros_like(load).scatter_add(0, routing.expert, routing.weight))
+    return cv_squared(global_sum(torch.zeros_like(load).scatter_add(0, routing.expert, routing.weight)))
 
 
 def load_loss(routing):
     """CV^2 of the smooth load (Shazeer 1701.06538 eq. 11); 0 in evaluation, where no noise is drawn. Uniform:
     0."""
     smooth = routing.smooth_load
-    return routing.weight.new_zeros(()) if smooth is None else cv_squared(smooth)
+    return routing.weight.new_zeros(()) if smooth is None else cv_squared(global_sum(smooth))
 
 
 def btx_loss(routing, load, config, shape):
     """E sum_i u_i p_i, u the mean gate of expert i and p its mean probability (BTX 2403.07816 sec. 3.2).
     Uniform: 1 where gates sum to 1. u is not a count, so both factors carry a gradient."""
     n = routing.probs.shape[0]
-    u = torch.zeros_like(load).scatter_add(0, routing.expert, routing.weight) / n
-    return load.numel() * (u * routing.probs.mean(0)).sum()
+    u = global_mean(torch.zeros_like(load).scatter_add(0, routing.expert, routing.weight) / n)
+    return load.numel() * (u * global_mean(routing.probs.mean(0))).sum()
 
 
 def per_sequence(routing, shape):

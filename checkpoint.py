@@ -10,11 +10,11 @@ A checkpoint is data: tensors by name and a JSON header, read with weights_only=
 A new one is written beside the old one, flushed to the disk and renamed over it, so that at every moment one
 of them is whole.
 """
-import csv
-import errno
+import contextlib
+import hashlib
 import json
+import math
 import os
-import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -22,7 +22,9 @@ from typing import NamedTuple
 
 import torch
 
-from config import Config, all_fields, load_config, resolve, show
+import parallel
+from config import Config, ConfigError, LifelongConfig, all_fields, load_config, resolve, show, validate
+from data.binfile import DataError, replacing
 from data.tokenizers import Tokenizer
 from model import GPT
 
@@ -34,13 +36,14 @@ except ImportError:                                   # Windows has no flock: th
 FORMAT = 1
 # A resumed run may change these; everything else would make it another run.
 CHANGEABLE = {"train." + name for name in ("max_steps", "eval_every", "eval_batches", "log_every", "save_every",
-              "sample_every", "sample_tokens", "device", "compile", "keep", "grad_accum")} | {
-              "ffn.dispatch", "ffn.peer_path", "data.dir"}
+              "sample_every", "sample_tokens", "device", "compile", "keep", "grad_accum", "parallel")} | {
+              "ffn.dispatch", "ffn.peer_path", "data.dir", "lifelong.teacher"}
 # A run that starts from another's weights may change these parts of [model] and [ffn]: no tensor depends on
 # them.
 RETRAINABLE = {"model.dropout", "model.loss_chunks"} | {"ffn." + name for name in (
     "balance", "balance_loss", "load_loss", "device_loss", "comm_loss", "z_loss", "bias_rate", "capacity_factor",
-    "eval_capacity_factor", "dispatch", "jitter", "rl_loss", "gumbel_rate", "peer_path")}
+    "eval_capacity_factor", "dispatch", "jitter", "rl_loss", "gumbel_rate", "peer_path", "n_frozen",
+    "frozen_routes")}
 LAST, PREVIOUS, BEST = "ckpt_last.pt", "ckpt_prev.pt", "ckpt_best.pt"
 
 
@@ -65,26 +68,24 @@ def save(path, header, model_state, optimizer_state=None):
 
     Raises CheckpointError if the disk is full or the folder cannot be written; the old file then stays.
     """
-    path, model_state = Path(path), plain_names(model_state)
-    parts = dict(model=model_state, optimizer=optimizer_state or {})
+    parts = dict(model=plain_names(model_state), optimizer=optimizer_state or {})
     content = dict(header=json.dumps(dict(header, format=FORMAT)), **parts)
     needed = sum(t.numel() * t.element_size() for part in parts.values() for t in part.values())
-    partial = path.with_suffix(".tmp")
-    try:
-        with open(partial, "wb") as file:
+    with written(path, needed) as file:
+        try:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:
-        partial.unlink(missing_ok=True)
-        code = getattr(e, "errno", None) or getattr(e.__cause__ or e.__context__, "errno", None)
-        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        if code in (errno.ENOSPC, errno.EDQUOT) or free < needed:
-            raise CheckpointError(
-                f"{path}: the disk is full: {needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free; "
-                "the checkpoint before it is untouched") from None
-        raise CheckpointError(f"{path}: cannot be written: {e}") from None
+        except RuntimeError as e:                           # torch's own, raised over the OSError of the file
+            raise e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e))
+
+
+@contextlib.contextmanager
+def written(path, needed=0):
+    """data.binfile.replacing for what lies in a run folder: its failures are CheckpointErrors."""
+    try:
+        with replacing(path, needed) as file:
+            yield file
+    except DataError as e:
+        raise CheckpointError(str(e)) from None
 
 
 def load(path, device="cpu"):
@@ -99,16 +100,27 @@ def load(path, device="cpu"):
         if damaged:
             raise zipfile.BadZipFile(f"checksum of {damaged}")
         content = torch.load(path, map_location=device, weights_only=True)
-        header = json.loads(content["header"])
-        checkpoint = Checkpoint(header, content["model"], content["optimizer"])
+        checkpoint = Checkpoint(json.loads(content["header"]), content["model"], content["optimizer"])
+        if (version := checkpoint.header["format"]) == FORMAT:
+            check_content(checkpoint)
     except (zipfile.BadZipFile, EOFError) as e:
         raise CheckpointError(f"{path}: damaged or cut short ({e}); delete it, or copy it again") from None
     except Exception as e:                              # unpickling a foreign file can raise anything at all
         why = f"{type(e).__name__}: {e}".strip().split("\n")[0]
         raise CheckpointError(f"{path}: not a checkpoint of this program ({why})") from None
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: has format {header.get('format')}, this code reads format {FORMAT}")
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: has format {version}, this code reads format {FORMAT}; use the code "
+                              "that wrote it")
     return checkpoint
+
+
+def check_content(checkpoint):
+    """Raises some exception unless all is there that is read later, settings that this code knows included."""
+    Config.from_dict(checkpoint.header["config"])
+    Tokenizer.from_dict(checkpoint.header["tokenizer"])
+    whole = isinstance(checkpoint.header["step"], int) and "ancestry" in checkpoint.header
+    if not whole or not all(isinstance(t, torch.Tensor) for part in checkpoint[1:] for t in part.values()):
+        raise ValueError("parts of it are missing")
 
 
 def load_last(folder, device="cpu", say=lambda text: print(text, file=sys.stderr)):
@@ -116,6 +128,9 @@ def load_last(folder, device="cpu", say=lambda text: print(text, file=sys.stderr
     try:
         return load(Path(folder) / LAST, device)
     except CheckpointError as e:
+        if not can_resume(folder) and (Path(folder) / BEST).is_file():
+            raise CheckpointError(f"{folder}: holds {BEST} alone, which lacks what it takes to go on; start a "
+                                  "run from it with --train.init_from, or replace it by --overwrite") from None
         if not (Path(folder) / PREVIOUS).is_file():
             raise
         say(f"{e}; going back to {PREVIOUS}")
@@ -160,8 +175,18 @@ def load_weights(model, state, where):
     model.load_state_dict(state)
 
 
-def load_model(folder, device="cpu", which="best"):
-    """(model in evaluation mode, Config, Tokenizer, header) of a run folder.
+def fold_adapters(state, alpha):
+    """Plain weights W + (alpha / r) B A from those of a run with low-rank adapters (lifelong.LoRA); a state
+    without adapters as it is."""
+    plain = {n: t for n, t in state.items() if not n.endswith((".lora_a", ".lora_b"))}
+    for name in (n for n in state if n.endswith(".lora_a")):
+        layer, a = name.removesuffix(".lora_a"), state[name]                                # (r, in)
+        plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + alpha / len(a) * state[f"{layer}.lora_b"] @ a
+    return plain
+
+
+def load_plain(folder, device="cpu", which="best"):
+    """The Checkpoint of a run folder with the weights of a plain GPT, adapters folded in.
 
     which: "best", or "last"; best falls back to last where a run has not been evaluated. Raises
     CheckpointError.
@@ -171,6 +196,16 @@ def load_model(folder, device="cpu", which="best"):
         raise CheckpointError(f"{folder}: no such run folder; `python train.py` makes one")
     best = folder / BEST
     checkpoint = load(best, device) if which == "best" and best.exists() else load_last(folder, device)
+    alpha = checkpoint.header["config"].get("lifelong", {}).get("lora_alpha", 0.0)
+    return checkpoint._replace(model=fold_adapters(checkpoint.model, alpha))
+
+
+def load_model(folder, device="cpu", which="best"):
+    """(model in evaluation mode, Config, Tokenizer, header) of a run folder.
+
+    which: as for load_plain. Raises CheckpointError.
+    """
+    checkpoint = load_plain(folder, device, which)
     config = resolve(Config.from_dict(checkpoint.header["config"], str(folder)))
     model = GPT(config).to(device)
     load_weights(model, checkpoint.model, folder)
@@ -209,35 +244,66 @@ def has_run(folder):
     return any((Path(folder) / name).exists() for name in (LAST, PREVIOUS, BEST))
 
 
+def can_resume(folder):
+    """True if the folder holds a checkpoint to go on from; a run that was killed early may have none but
+    ckpt_best."""
+    return any((Path(folder) / name).exists() for name in (LAST, PREVIOUS))
+
+
 def clear_run(folder):
     """Deletes what a run wrote, and nothing else."""
-    for name in (LAST, PREVIOUS, BEST, "ckpt_new.pt", "ckpt_new.tmp", "ckpt_best.tmp", "log.csv",
-                 "config.toml"):
+    for name in (LAST, PREVIOUS, BEST, "ckpt_new.pt", "log.csv", "config.toml"):
         (Path(folder) / name).unlink(missing_ok=True)
+        (Path(folder) / f".{name}.tmp").unlink(missing_ok=True)         # left by a process that was killed
+
+
+def claim(out, overwrite, sources=()):
+    """Empties a run folder for a new run; call it within its Lock. Raises ConfigError if it holds a run that
+    may not be replaced, or that the new one is made from (`sources`: run folders, or empty texts)."""
+    if any(source and Path(source).resolve() == Path(out).resolve() for source in sources):
+        raise ConfigError(f"{out} is what the new run is made from; choose another folder with --out")
+    if has_run(out) and not overwrite:
+        raise ConfigError(f"{out} already holds a run: `python train.py --out {out} --resume` goes on with "
+                          "it, --overwrite replaces it, --out DIR takes another folder")
+    clear_run(out)
+
+
+def save_made(out, config, state, tokenizer, ancestry):
+    """Writes a model that was made, not trained (expanded, mixed, averaged), as an ordinary run folder at
+    step 0, which trains on (--resume, train.init_from), samples and is plotted like any other.
+
+    config: resolved, of the made model; how its parents came to be (train.init_from, [lifelong]) is left out
+    of what is written. state: tensors by plain names. ancestry: dict(kind, run, parents, ...). Call it within
+    Lock(out), after claim().
+    """
+    config = Config.from_dict(config.to_dict())
+    config.train.init_from, config.lifelong = "", LifelongConfig()
+    header = dict(step=0, tokens=0, seconds=0.0, val_loss=math.inf, config=config.to_dict(),
+                  tokenizer=tokenizer.to_dict(), ancestry=ancestry)
+    write_text(Path(out) / "config.toml", config.to_toml())
+    save(Path(out) / BEST, header, state)
+    save(Path(out) / LAST, header, state)
 
 
 def write_text(path, text):
-    """Writes a small text file atomically."""
-    partial = Path(path).with_suffix(".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Writes a small text file atomically. Raises CheckpointError."""
+    with written(path) as file:
+        file.write(text.encode())
 
 
-def cut_log(path, step):
-    """Drops the rows of log.csv that a resumed run will write again: those past the checkpoint's step, and a
-    last row that a killed process left unfinished."""
-    if not Path(path).exists():
-        return
-    csv.field_size_limit(1 << 24)                 # expert_load of many wide layers is longer than csv's limit
-    with (open(path, newline="", encoding="utf-8") as old,
-          open(f"{path}.part", "w", newline="", encoding="utf-8") as new):
-        rows, writer = csv.reader(old), csv.writer(new)
-        columns = next(rows, [])
-        writer.writerow(columns)
-        for row in rows:
-            if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= step:
-                writer.writerow(row)
-    os.replace(f"{path}.part", path)
+def carry_tokenizer(config, tokenizer, out):
+    """Makes a config read its corpora with this tokenizer, which is put into the folder `out`."""
+    tokenizer.save(out / "tokenizer.json")
+    known = tokenizer.kind in ("byte", "gpt2")
+    config.data.tokenizer = tokenizer.kind if known else str(out / "tokenizer.json")
+
+
+def sign(ancestry, folder, table):
+    """Notes in an ancestry whose folder it is and, once, what its run began with: a short hash of the embedding
+    table, equal for two runs that start from one trained model, or from one draw of random numbers."""
+    ancestry["run"] = str(folder)
+    numbers = table.detach().float().cpu().numpy()
+    ancestry.setdefault("start", hashlib.sha256(numbers.tobytes()).hexdigest()[:12])
 
 
 def load_init(config, out):
@@ -245,8 +311,7 @@ def load_init(config, out):
     for a setting in the config file or on the command line that says otherwise: it would not be the same
     model."""
     folder = Path(config.train.init_from)
-    which = BEST if (folder / BEST).exists() else LAST
-    origin = load(folder / which)
+    origin = load_plain(folder)
     theirs = Config.from_dict(origin.header["config"], str(folder))
     for key, spec in all_fields():
         section, name = key.split(".")
@@ -257,22 +322,21 @@ def load_init(config, out):
             config.fail(key, f"but {folder} has {show(its)}; leave it out, the model comes from there")
         setattr(getattr(config, section), name, its)
     if "data.tokenizer" not in config.sources:          # read the text as the model learned to
-        tokenizer = Tokenizer.from_dict(origin.header["tokenizer"])
-        tokenizer.save(out / "tokenizer.json")
-        known = tokenizer.kind in ("byte", "gpt2")
-        config.data.tokenizer = tokenizer.kind if known else str(out / "tokenizer.json")
+        carry_tokenizer(config, Tokenizer.from_dict(origin.header["tokenizer"]), out)
+    validate(config)                                    # which load_config left to us: now the model is known
     return origin
 
 
-def resume_config(folder, path, overrides, say):
-    """Config to go on with: the folder's own, with the changes that leave it the same run, each of them
+def resume_config(folder, saved, path, overrides, say):
+    """Config to go on with: that of the Checkpoint `saved`, with what is said otherwise in a config file (by
+    default the folder's own) or on the command line, as long as that leaves it the same run; each change is
     printed.
 
     Raises ConfigError for a change that would make it another run.
     """
-    config = load_config(folder / "config.toml")
-    changed = load_config(path, overrides) if path else load_config(folder / "config.toml", overrides)
-    for key in changed.sources if path else [k for k, _ in overrides]:
+    config = Config.from_dict(saved.header["config"], f"{folder}/{LAST}")
+    changed = load_config(path or folder / "config.toml", overrides)
+    for key in changed.sources:
         section, name = key.split(".")
         old, new = getattr(getattr(config, section), name), getattr(getattr(changed, section), name)
         if old == new or new == "auto":
@@ -281,4 +345,4 @@ def resume_config(folder, path, overrides, say):
             changed.fail(key, f"but this run was started with {show(old)}; start a new run with --out")
         say(f"resume: {key} = {show(new)} (was {show(old)})")
         setattr(getattr(config, section), name, new)
-    return config
+    return validate(config)

@@ -1,4 +1,4 @@
-"""Every setting of a run: four dataclasses, TOML files, `--section.key value` overrides and the text of
+"""Every setting of a run: five dataclasses, TOML files, `--section.key value` overrides and the text of
 --help.
 
 A dataclass field is the only place where a default, its meaning and its allowed range are written; the
@@ -17,20 +17,23 @@ from pathlib import Path
 
 # What each router does, and what it looks at: shown wherever a router can be chosen. A router with a word in
 # brackets is not an independent, causal function of the token's own past in training, in evaluation, or in
-# both.
+# both. DIFFERS: torchrun with several processes does not train the model that one process would.
+DIFFERS = "differs under several processes"
 ROUTERS = {
     "topk": "softmax top-k (Mixtral, DeepSeekMoE, Qwen2; group-limited with n_groups)",
-    "noisy_topk": "Shazeer's noisy top-k [draws noise in training]",
-    "switch": "top-1 with input jitter [draws noise in training]",
-    "gshard": "top-2, the second by chance [draws noise in training]",
+    "noisy_topk": f"Shazeer's noisy top-k [draws noise in training; {DIFFERS}]",
+    "switch": f"top-1 with input jitter [draws noise in training; with jitter > 0 {DIFFERS}]",
+    "gshard": f"top-2, the second by chance [draws noise in training; {DIFFERS}]",
     "sigmoid": "DeepSeek-V3's, for loss-free balancing",
-    "sinkhorn": "S-BASE [training looks across the batch and ahead; evaluation does not]",
-    "base": "balanced assignment [training looks across the batch and ahead, evaluation not; never compiled]",
+    "sinkhorn": f"S-BASE [training looks across the batch and ahead, evaluation not; {DIFFERS}]",
+    "base": "balanced assignment [training looks across the batch and ahead, evaluation not; never compiled; "
+            f"{DIFFERS}]",
     "hash": "a fixed table of token ids",
-    "rl": "REINFORCE on the token's own loss [draws noise in training]",
-    "expert_choice": "experts choose among the sequences at one position [looks across the batch, always]",
+    "rl": f"REINFORCE on the token's own loss [draws noise in training; {DIFFERS}]",
+    "expert_choice": "experts choose among the sequences at one position [looks across the batch, always; "
+                     f"{DIFFERS}]",
     "soft": "all experts, weighted",
-    "sample_top1": "BTX's Gumbel top-1 [draws noise in training]",
+    "sample_top1": f"BTX's Gumbel top-1 [draws noise in training; {DIFFERS}]",
     "domain": "DEMix, the expert of the corpus",
 }
 ONE_EXPERT = ("switch", "hash", "base", "sinkhorn", "rl", "sample_top1", "domain")    # routers with k = 1
@@ -83,6 +86,10 @@ class FFNConfig:
     granularity: int = opt(1, "G: experts of hidden width d_ff/G, G times as many, G times as many visited",
                            low=1)
     d_expert: int = opt(0, "hidden width of one expert (0: d_ff / granularity)", low=0)
+    n_frozen: int = opt(0, "the first n_frozen experts of every sparse layer, counted after the granularity "
+                           "split, never change in training (lifelong.py expand, btx.py mix --freeze-experts)",
+                        low=0)
+    frozen_routes: bool = opt(True, "their router rows do not change either (false: the whole router learns)")
     n_shared: int = opt(0, "experts that every token visits, each as wide as a routed one", low=0)
     d_shared: int = opt(0, "hidden width of one shared expert, in place of n_shared of them (Qwen2)", low=0)
     shared_gate: bool = opt(False, "weigh the shared output by sigmoid(x w) (Qwen2)")
@@ -153,7 +160,8 @@ class FFNConfig:
 @dataclass
 class DataConfig:
     name: str | list[str] = opt("python", "corpus, or list of corpora (each is a domain), by name or path")
-    weights: list[float] = opt([], "share of each corpus in a batch (empty: equal)")
+    weights: list[float] = opt([], "share of each corpus in a batch (empty: equal); replay of old data: name = "
+                                   "[\"new\", \"old\"], weights = [0.9, 0.1]")
     tokenizer: str = opt("byte", "byte, char, bpe, gpt2, or the path of a tokenizer.json")
     vocab_size: int = opt(4096, "size of a bpe vocabulary", low=257)
     seed: int = opt(0, "seed of the order of batches; two runs of one data seed see the same batches", low=0)
@@ -178,7 +186,7 @@ class TrainConfig:
     beta1: float = opt(0.9, "AdamW", low=0.0, high=0.9999)
     beta2: float = opt(0.95, "AdamW", low=0.0, high=0.99999)
     grad_clip: float = opt(1.0, "largest global gradient norm (0: no clipping)", low=0.0)
-    seed: int = opt(0, "seed of the initialisation and of every draw in training", low=0)
+    seed: int = opt(0, "seed of the initialisation and of every draw in training", low=0, high=2**62)
     eval_every: int = opt(250, "steps between evaluations (0: only at the end)", low=0)
     eval_batches: int = opt(20, "validation batches, always the same ones", low=1)
     log_every: int = opt(1, "steps between rows of log.csv", low=1)
@@ -192,7 +200,26 @@ class TrainConfig:
     device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=["auto", "cpu", "cuda", "mps"])
     compile: str = opt("auto", "torch.compile: auto is on for CUDA and off elsewhere",
                        choices=["auto", "on", "off"])
+    parallel: str = opt("ddp", "with several processes (torchrun): ddp, each has the whole model; fsdp, each has "
+                        "a share of parameters, gradients and optimizer state, for what outgrows one GPU",
+                        choices=["ddp", "fsdp"])
     init_from: str = opt("", "run folder whose weights, [model] and [ffn] this run starts from")
+
+
+@dataclass
+class LifelongConfig:
+    distill: float = opt(0.0, "weight of T^2 KL(p_old || p_new), mean over tokens: learning without forgetting "
+                              "(Lifelong-MoE: 1)", low=0.0)
+    distill_temperature: float = opt(1.0, "T, by which both models' logits are divided", low=1e-3)
+    teacher: str = opt("", "run folder of the old model of distill (empty: the run that train.init_from was "
+                           "expanded from, else train.init_from itself)")
+    l2: float = opt(0.0, "weight of the squared distance to the old weights, those of the run that "
+                         "train.init_from was expanded from, else of itself; new experts are free", low=0.0)
+    freeze: str | list[str] = opt([], "patterns of names of parameters that stay as they are, such as embedding* "
+                                      "or blocks.?.attention.*; * is any text, ? one letter")
+    lora_rank: int = opt(0, "rank r of low-rank adapters W + alpha/r B A on the linear layers of attention and "
+                            "dense feed-forward layers; nothing else learns (0: none)", low=0)
+    lora_alpha: float = opt(16.0, "alpha, by which the adapters' part is scaled", low=0.0)
 
 
 @dataclass
@@ -201,6 +228,7 @@ class Config:
     ffn: FFNConfig = field(default_factory=FFNConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lifelong: LifelongConfig = field(default_factory=LifelongConfig)
     sources: dict = field(default_factory=dict, repr=False, compare=False)   # "ffn.top_k" -> where it was set
 
     def set(self, key, value, source):
@@ -239,7 +267,8 @@ class Config:
         return "\n".join(lines)
 
 
-SECTIONS = {"model": ModelConfig, "ffn": FFNConfig, "data": DataConfig, "train": TrainConfig}
+SECTIONS = {"model": ModelConfig, "ffn": FFNConfig, "data": DataConfig, "train": TrainConfig,
+            "lifelong": LifelongConfig}
 
 
 def all_fields():
@@ -319,7 +348,7 @@ def check_value(value, spec, key, source):
 def parse_toml(text, source):
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise ConfigError(f"{source}: not valid TOML: {e}") from None
 
 
@@ -341,7 +370,8 @@ def load_config(path=None, overrides=()):
         config = Config.from_dict(parse_toml(text, path), str(path))
     for key, value in overrides:
         config.set(key, value, f"--{key}")
-    return validate(resolve(config))
+    config = resolve(config)
+    return config if config.train.init_from else validate(config)   # load_init does, once it knows the model
 
 
 def resolve(config):
@@ -377,7 +407,7 @@ def sparse_layers(config):
 
 def validate(config):
     """The config, if its values fit together; raises ConfigError naming the first key that does not."""
-    m, f, d, t = config.model, config.ffn, config.data, config.train
+    m, f, d, t, ll = config.model, config.ffn, config.data, config.train, config.lifelong
     checks = [
         (m.n_embd % m.n_head, "model.n_embd", f"cannot be divided by model.n_head = {m.n_head}"),
         (m.n_embd % m.n_head == 0 and m.n_embd // m.n_head % 2, "model.n_embd",
@@ -396,9 +426,19 @@ def validate(config):
          "must be at least 0, not all 0"),
         (d.name in ("", []) or isinstance(d.name, list) and "" in d.name, "data.name", "names no corpus"),
         (isinstance(d.name, list) and len(set(d.name)) < len(d.name), "data.name", "names a corpus twice"),
+        (ll.distill and not (t.init_from or ll.teacher), "lifelong.distill",
+         "needs an old model: set train.init_from, or lifelong.teacher"),
+        (ll.distill and m.loss_chunks > 1, "lifelong.distill",
+         f"needs logits, which model.loss_chunks = {m.loss_chunks} never makes; set that to 1"),
+        (ll.l2 and not t.init_from, "lifelong.l2", "needs old weights: set train.init_from"),
+        (ll.l2 and ll.lora_rank, "lifelong.l2", "has nothing to hold: with lifelong.lora_rank the old weights "
+         "do not move"),
+        (ll.lora_rank and not t.init_from, "lifelong.lora_rank", "adapts a trained model: set train.init_from"),
     ]
     if f.kind == "moe":
         checks += moe_checks(config)
+    else:
+        checks += [(f.n_frozen, "ffn.n_frozen", f"needs experts: ffn.kind = \"{f.kind}\" has none to freeze")]
     if f.kind in ("peer", "pkm"):
         checks += [(f.peer_top_k > f.n_keys, "ffn.peer_top_k", f"is more than ffn.n_keys = {f.n_keys}"),
                    (f.d_key % 2, "ffn.d_key", "must be even: each half queries one table of sub-keys")]
@@ -412,6 +452,7 @@ def moe_checks(config):
     """(is wrong, key, why) for the settings of a mixture of experts."""
     f, E, k = config.ffn, config.ffn.experts, config.ffn.active
     return [
+        (f.n_frozen > E, "ffn.n_frozen", f"is more than the {E} routed experts"),
         (f.top_k > f.n_expert, "ffn.top_k", f"is more than ffn.n_expert = {f.n_expert}"),
         (f.d_expert and f.granularity > 1, "ffn.d_expert",
          f"and ffn.granularity = {f.granularity} both set the width of an expert; give one of them"),
@@ -459,16 +500,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message):
-    """Prints `error: message` to stderr; returns the exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    """Prints `error: message` to stderr; returns the exit status 2. Of a KeyboardInterrupt: `interrupted`, and
+    the status 130, as shells report what Ctrl-C ended."""
+    interrupted = isinstance(message, KeyboardInterrupt)
+    print("\ninterrupted" if interrupted else f"error: {message}", file=sys.stderr)
+    return 130 if interrupted else 2
 
 
-def add_settings(parser):
+def add_settings(parser, sections=tuple(SECTIONS)):
     """Adds every `--section.key` to a parser, with its default and meaning from the dataclass."""
-    for section, cls in SECTIONS.items():
+    for section in sections:
         group = parser.add_argument_group(f"[{section}]")
-        for spec in dataclasses.fields(cls):
+        for spec in dataclasses.fields(SECTIONS[section]):
             default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
             choices = f"; one of {', '.join(spec.metadata['choices'])}" if spec.metadata["choices"] else ""
             text = f"{spec.metadata['help']}{choices} (default: {show(default)})".replace("%", "%%")

@@ -272,8 +272,8 @@ class GPT(nn.Module):
 
     def num_params(self):
         """ParamCount(total, active): a tied head counts once; of the routed experts only those that a token
-        visits."""
-        total = sum(p.numel() for p in self.parameters())
+        visits; adapters not, which are folded in wherever the model is used."""
+        total = sum(p.numel() for name, p in self.named_parameters() if ".lora_" not in name)
         return ParamCount(total, total - sum(block.ffn.inactive_params() for block in self.blocks))
 
     def flops_per_token(self, context=None):
@@ -281,7 +281,7 @@ class GPT(nn.Module):
         number of positions that a causal token sees, feed-forward layers with router and retrieval, head.
         Training: 3 times."""
         m, T = self.config.model, context or self.config.model.block_size
-        attention = sum(2 * p.numel() for p in self.blocks[0].attention.parameters() if p.dim() == 2)
+        attention = sum(2 * layer.weight.numel() for layer in self.blocks[0].attention.children())
         attention += 2 * 2 * m.n_embd * (T + 1) / 2
         ffn = sum(block.ffn.flops_per_token() for block in self.blocks)
         return int(m.n_layer * attention + ffn + 2 * m.n_embd * m.vocab_size)

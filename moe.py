@@ -21,6 +21,7 @@ from torch import nn
 
 from balance import auxiliary_losses, expert_counts, update_bias
 from kernels import gated_activation, gated_activation_backward, permute, unpermute, use_triton
+from parallel import global_sum
 from routers import Stats, build_router
 
 
@@ -382,7 +383,10 @@ class MoE(nn.Module):
 
 def entropy(probs, load):
     """Mean entropy of the routing distribution in nats; without probabilities that of the load."""
-    p = (load / load.sum()).unsqueeze(0) if probs is None else probs.detach()
+    if probs is None:
+        load = global_sum(load)
+        probs = (load / load.sum()).unsqueeze(0)
+    p = probs.detach()
     return -(p * p.clamp_min(1e-20).log()).sum(-1).mean()
 
 

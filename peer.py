@@ -28,6 +28,7 @@ from torch import nn
 from kernels import ACTIVATION_GRADS, ACTIVATIONS, use_triton
 from kernels_peer import (cartesian_candidates, peer_backward_table, peer_backward_tokens, peer_forward,
                           product_key_topk)
+from parallel import global_mean, world
 from routers import Stats
 
 
@@ -36,8 +37,9 @@ class BatchNorm(nn.Module):
     batches until there are 1 / momentum of them, then a moving average. (The usual start at 0 and 1 still
     weighs 12 % after 20 steps.)
 
-    Evaluation uses them alone: no token depends on its neighbours. Training uses the micro-batch of one
-    process, in which a padded position counts like a real one: do not pad. ValueError for one training token.
+    Evaluation uses them alone: no token depends on its neighbours. Training uses the micro-batch, of all
+    processes together, in which a padded position counts like a real one: do not pad. ValueError for one
+    training token.
     """
 
     def __init__(self, width, momentum=0.1):
@@ -51,15 +53,31 @@ class BatchNorm(nn.Module):
     def forward(self, x):
         if not self.training:
             return F.batch_norm(x, self.mean, self.var, self.weight, self.bias)
-        if len(x) < 2:
+        if len(x) * world() < 2:
             raise ValueError('ffn.query_norm = "batchnorm" cannot train on one token; take "layernorm"')
+        if world() > 1:
+            y, mean, var = normalise(x)
+            self.remember(mean.detach(), var.detach())
+            return y * self.weight + self.bias
         with torch.no_grad():
-            self.batches += 1
-            rate = (1 / self.batches).clamp_min(self.momentum)
             var, mean = torch.var_mean(x, 0)
-            self.mean.lerp_(mean, rate)
-            self.var.lerp_(var, rate)
+            self.remember(mean, var)
         return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
+
+    def remember(self, mean, var):
+        """Moves the running statistics."""
+        self.batches += 1
+        rate = (1 / self.batches).clamp_min(self.momentum)
+        self.mean.lerp_(mean, rate)
+        self.var.lerp_(var, rate)
+
+
+def normalise(x):
+    """(x, (n, width), normalised, mean, unbiased variance) by the moments of all processes' x together."""
+    mean = global_mean(x.mean(0))
+    centred, n = x - mean, len(x) * world()
+    var = global_mean(centred.square().mean(0))
+    return centred * (var + 1e-5).rsqrt(), mean, var * (n / (n - 1))
 
 
 class Queries(nn.Module):

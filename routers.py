@@ -246,7 +246,6 @@ class Sinkhorn(Router):
         return pairs(indices, logits.gather(1, indices).sigmoid(), logits=logits, probs=logits.softmax(-1))
 
 
-@torch.compiler.disable
 def balanced_assignment(scores, epsilon=None):
     """Expert of each token, (n, E) -> (n,), with at most ceil(n/E) tokens each and the sum of scores within n
     epsilon of the largest possible: an auction (Bertsekas). Tokens without an expert bid on the one that

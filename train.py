@@ -1,5 +1,4 @@
-"""Train a GPT with a dense or sparse feed-forward layer: `python train.py [CONFIG.toml] [--section.key value
-...]`.
+"""Train a GPT with a dense or sparse feed-forward layer: `python train.py [CONFIG.toml] [--section.key X]`.
 
 The loop is flat: batch -> forward and backward -> step -> log -> evaluate -> checkpoint. Three rules make
 runs repeatable:
@@ -11,7 +10,6 @@ runs repeatable:
 """
 import contextlib
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -20,13 +18,15 @@ import torch
 from tqdm import tqdm
 
 import checkpoint as ck
+import parallel
 from config import ConfigError, Parser, add_settings, fail, load_config, parse, show
 from data.batches import Batches, EvalBatches, token_counts
 from data.binfile import DataError
 from data.prepare import find_or_prepare
 from model import GPT
-from report import Log, TrainingError, describe, finish, progress
-from sample import sample_text
+from report import Log, StopSignal, TrainingError, describe, finish, progress
+from retain import Past, adapters
+from sample import PLAIN, sample_text
 
 HERE = Path(__file__).parent
 
@@ -38,7 +38,7 @@ def resolve_device(name):
         name = next(d for d, ok in there.items() if ok)
     if not there[name]:
         raise ConfigError(f"train.device = \"{name}\" is not available here; use \"auto\" or \"cpu\"")
-    return torch.device(name)
+    return parallel.own(torch.device(name))
 
 
 def resolve_dtype(name, device):
@@ -54,12 +54,12 @@ def resolve_dtype(name, device):
 def wants_compile(config, device):
     """(whether to torch.compile, reason). Raises ConfigError where it is asked for and cannot be."""
     mode, f = config.train.compile, config.ffn
-    why_not = "balanced assignment runs for a number of rounds that depends on the data" * (
-        f.kind == "moe" and f.router == "base")
+    why_not = ("ffn.router base, whose rounds depend on the data" if f.kind == "moe" and f.router == "base" else
+               "fsdp, which frees parameters between blocks" if parallel.sharded(config) else "")
     if why_not and mode == "on":
-        raise ConfigError(f"train.compile = \"on\" cannot be with ffn.router = \"{f.router}\": {why_not}")
+        raise ConfigError(f"train.compile = \"on\" cannot be with {why_not}; use \"auto\" or \"off\"")
     if mode == "auto" and (device.type != "cuda" or why_not):
-        return False, f"auto: {why_not or 'it pays on CUDA only'}"
+        return False, f"auto: {'not with ' + why_not if why_not else 'it pays on CUDA only'}"
     return mode != "off", "auto: CUDA" if mode == "auto" else "as configured"
 
 
@@ -95,10 +95,10 @@ def learning_rate(step, t):
     return t.lr
 
 
-def seed_draws(seed, step, micro):
-    """Seeds the default generator for one micro-step; a mixture of the three numbers that keeps neighbours
-    apart."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB) % 2**64
+def seed_draws(seed, step, micro, rank=0):
+    """Seeds the default generator for one micro-step, by a mixture that keeps neighbours apart."""
+    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB
+    mixed = (mixed + rank * 0xD6E8FEB86659FD93) % 2**64
     torch.manual_seed(mixed ^ mixed >> 31)
 
 
@@ -115,13 +115,14 @@ class Trainer:
         t = config.train
         self.config, self.device, self.tokenizer = config, device, tokenizer
         torch.manual_seed(t.seed)
-        self.model = GPT(config).to(device)
+        self.model = GPT(config).to("cpu" if parallel.sharded(config) else device)
+        self.past = Past(self.model, config, tokenizer, device)     # what may not change, and the old model
+        self.forward = parallel.wrap(self.model, config, device)
         self.optimizer = build_optimizer(self.model, t, device)
         self.batches = Batches(folders, config.data.weights, config.model.block_size, t.batch_size,
                                config.data.seed)
         names = config.data.name
         self.corpora = names if isinstance(names, list) else [names]
-        self.forward = self.model
         self.done = 0                                   # optimizer steps finished
         self.seconds = 0.0                              # spent in them, earlier sittings included
         self.best = math.inf                            # lowest validation loss, nats per token
@@ -133,17 +134,17 @@ class Trainer:
         return self.done * self.config.train.batch_size * self.config.model.block_size
 
     def micro_step(self, micro):
-        """Adds the gradient of one micro-batch; returns its (loss, aux_loss, stats of each layer),
-        detached."""
+        """Adds the gradient of one micro-batch; returns its (loss, aux_loss, layers' stats), detached."""
         t = self.config.train
-        x, y, domain = (a.to(self.device, non_blocking=True)
-                        for a in self.batches.batch(self.done, micro, t.grad_accum))
-        seed_draws(t.seed, self.done, micro)
-        with precision(self.device, t.dtype):
+        batch = self.batches.batch(self.done, micro, t.grad_accum, parallel.rank(), parallel.world())
+        x, y, domain = (a.to(self.device, non_blocking=True) for a in batch)
+        seed_draws(t.seed, self.done, micro, parallel.rank())
+        with precision(self.device, t.dtype), parallel.accumulating(self.forward, micro == t.grad_accum - 1):
             step = torch.tensor(float(self.done), device=self.device)   # a Python number would be compiled in
             out = self.forward(x, y, domain=domain, step=step)
-        ((out.loss + out.aux_loss) / t.grad_accum).backward()
-        return out.loss.detach(), out.aux_loss.detach(), [detached(s) for s in out.stats]
+            aux = out.aux_loss + self.past.loss(x, domain, out.logits)
+        ((out.loss + aux) / t.grad_accum).backward()
+        return out.loss.detach(), aux.detach(), [detached(s) for s in out.stats]
 
     def step(self):
         """One optimizer step; returns a row for the log, as tensors that nobody has waited for."""
@@ -153,13 +154,15 @@ class Trainer:
         self.zero_grad()
         self.model.train()
         losses, aux, stats = zip(*(self.micro_step(micro) for micro in range(t.grad_accum)))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
-        self.optimizer.step()
-        layers = [mean_stats(layer) for layer in zip(*stats)]
+        with self.past.rows_kept():
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
+            self.optimizer.step()
+        loss, aux, layers = parallel.over_processes(sum(losses) / t.grad_accum, sum(aux) / t.grad_accum,
+                                                    [mean_stats(layer) for layer in zip(*stats)])
         self.model.update_balance([s.load for s in layers])             # of the whole step, and only after it
         self.done += 1
-        return dict(step=self.done, tokens=self.tokens, lr=rate, loss=sum(losses) / t.grad_accum,
-                    aux_loss=sum(aux) / t.grad_accum, grad_norm=norm, layers=layers)
+        return dict(step=self.done, tokens=self.tokens, lr=rate, loss=loss, aux_loss=aux,
+                    grad_norm=parallel.whole(norm), layers=layers)
 
     def zero_grad(self):
         """Lets the gradients go; a PEER table on a CPU keeps its buffer, since 2 GiB of fresh memory cost
@@ -176,11 +179,13 @@ class Trainer:
         updates."""
         self.model.eval()
         sums = {name: [0.0, 0, 0] for name in self.corpora}                 # nats, tokens, bytes
-        for x, y, domain, n_bytes in valid:
+        for (x, y, domain, n_bytes), counts in parallel.share(valid):
             with precision(self.device, self.config.train.dtype):
                 out = self.model(x.to(self.device), y.to(self.device), domain=domain.to(self.device))
-            total = sums[self.corpora[domain[0]]]
-            total[:] = total[0] + out.loss.item() * y.numel(), total[1] + y.numel(), total[2] + n_bytes
+            if counts:
+                total = sums[self.corpora[domain[0]]]
+                total[:] = total[0] + out.loss.item() * y.numel(), total[1] + y.numel(), total[2] + n_bytes
+        sums = {name: parallel.totals(total) for name, total in sums.items()}
         return {name: (nats / tokens, nats / n_bytes / math.log(2))
                 for name, (nats, tokens, n_bytes) in sums.items()}
 
@@ -191,36 +196,37 @@ class Trainer:
 
     def save(self, out):
         """Writes everything that is needed to go on exactly."""
-        state = self.model.state_dict(), ck.optimizer_tensors(self.model, self.optimizer)
-        ck.save_last(out, self.header(), *state, keep_previous=self.config.train.keep == "all")
+        model = parallel.gather(self.model.state_dict(keep_vars=True))
+        optimizer = parallel.gather(ck.optimizer_tensors(self.model, self.optimizer))
+        if parallel.rank() == 0:
+            ck.save_last(out, self.header(), model, optimizer, keep_previous=self.config.train.keep == "all")
 
     def restore(self, saved):
         """Takes up a Checkpoint where it stopped."""
-        ck.load_weights(self.model, saved.model, "the checkpoint")
-        ck.load_optimizer(self.model, self.optimizer, saved.optimizer)
+        ck.load_weights(self.model, parallel.spread(saved.model, self.model), "the checkpoint")
+        ck.load_optimizer(self.model, self.optimizer, parallel.spread(saved.optimizer, self.model))
         self.done, self.seconds = saved.header["step"], saved.header["seconds"]
         self.best, self.ancestry = saved.header["val_loss"], saved.header["ancestry"]
 
 
 def detached(stats):
     """Stats whose graph is let go, and without what only the loss needed."""
-    return stats._replace(log_prob=None, baseline=None, **{k: getattr(stats, k).detach() for k in
-                          ("aux_loss", "balance_loss", "z_loss", "load", "dropped", "entropy")})
+    numbers = {k: getattr(stats, k).detach() for k in ("load", *parallel.AVERAGED)}
+    return stats._replace(log_prob=None, baseline=None, **numbers)
 
 
 def mean_stats(micro_steps):
     """One layer's Stats over the micro-steps of a step: loads are summed, the rest is averaged."""
     n = len(micro_steps)
-    average = {k: sum(getattr(s, k) for s in micro_steps) / n
-               for k in ("aux_loss", "balance_loss", "z_loss", "dropped", "entropy")}
+    average = {k: sum(getattr(s, k) for s in micro_steps) / n for k in parallel.AVERAGED}
     return micro_steps[0]._replace(load=sum(s.load for s in micro_steps), **average)
 
 
 def compile_or_say(trainer, say):
-    """Compiles the model. A failure shows in the first step: an error with `on`, one plain warning with
-    `auto`."""
-    eager, mode = trainer.micro_step, trainer.config.train.compile
-    trainer.forward = torch.compile(trainer.model, dynamic=False)
+    """Compiles the model. A failure shows in the first step: `on` makes it an error, `auto` a warning."""
+    eager, forward, mode = trainer.micro_step, trainer.forward, trainer.config.train.compile
+    trainer.forward = torch.compile(forward, dynamic=False)
+    trainer.past.compile()
 
     def micro_step(micro):
         try:
@@ -230,65 +236,56 @@ def compile_or_say(trainer, say):
             if mode == "on":
                 raise TrainingError(f"train.compile = \"on\", but torch.compile failed: {why}") from None
             say(f"warning: torch.compile failed, training goes on uncompiled: {why}")
-            trainer.forward, trainer.micro_step = trainer.model, eager
+            trainer.forward, trainer.micro_step = forward, eager
+            trainer.past.compile(False)
             trainer.zero_grad()
             return eager(micro)
 
     trainer.micro_step = micro_step
 
 
-class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop looks at between steps; the second stops at
-    once."""
-
-    def __init__(self):
-        self.name = None
-
-    def __enter__(self):
-        self.old = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def receive(self, number, frame):
-        if self.name:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
+def make_ready(config, out, saved, quiet):
+    """What a run needs before its model is built: (config, Checkpoint to start from or None, folders of the
+    corpora, Tokenizer, whether to compile, what is said of the arithmetic)."""
+    t, d, device = config.train, config.data, resolve_device(config.train.device)
+    parallel.check(config, device)
+    t.dtype, why = resolve_dtype(t.dtype, device)
+    origin = saved or (ck.load_init(config, out) if t.init_from else None)
+    compiled, why_compiled = wants_compile(config, device)
+    folders, tokenizer = find_or_prepare(d.name, d.tokenizer, d.vocab_size, d.dir or None, d.max_tokens,
+                                         quiet)
+    check_vocabulary(config, tokenizer, origin)
+    arithmetic = f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})"
+    return config, origin, folders, tokenizer, compiled, arithmetic
 
 
 def run(config, out, saved=None, quiet=False):
     """Trains a validated config into the folder `out`, going on from a Checkpoint if one is given."""
-    t, device = config.train, resolve_device(config.train.device)
+    config, origin, folders, tokenizer, compiled, arithmetic = parallel.from_rank0(
+        lambda: make_ready(config, out, saved, quiet))
+    t, device, quiet = config.train, resolve_device(config.train.device), quiet or parallel.rank() > 0
     say = (lambda text: None) if quiet else lambda text: tqdm.write(text, file=sys.stderr)
-    t.dtype, why = resolve_dtype(t.dtype, device)
-    compiled, why_compiled = wants_compile(config, device)
-    origin = saved or (ck.load_init(config, out) if t.init_from else None)
-    folders, tokenizer = find_or_prepare(config.data.name, config.data.tokenizer, config.data.vocab_size,
-                                         config.data.dir or None, config.data.max_tokens, quiet)
-    check_vocabulary(config, tokenizer, origin)
     trainer = Trainer(config, folders, tokenizer, device)
-    valid = EvalBatches(folders, config.model.block_size, t.batch_size, t.eval_batches,
-                        tokenizer.token_lengths())
+    valid = EvalBatches(folders, config.model.block_size, t.batch_size // parallel.world(),
+                        t.eval_batches * parallel.world(), tokenizer.token_lengths())
     if saved:
         trainer.restore(saved)
     elif origin:
-        ck.load_weights(trainer.model, origin.model, t.init_from)
+        start = parallel.spread(origin.model, trainer.model) | adapters(trainer.model)
+        ck.load_weights(trainer.model, start, t.init_from)
         trainer.ancestry["parents"] = [origin.header["ancestry"]]
     else:
         trainer.model.set_token_counts(token_counts(folders, config.model.vocab_size))
-    trainer.ancestry["run"] = str(out)
+    ck.sign(trainer.ancestry, out, parallel.whole(trainer.model.embedding.weight))
     if compiled:
         compile_or_say(trainer, say)
     try:
-        describe(trainer, say, f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})")
+        describe(trainer, say, arithmetic)
     except ValueError as e:                             # a dispatch that these widths or this machine refuse
         raise ConfigError(str(e)) from None
-    ck.write_text(out / "config.toml", config.to_toml())
-    ck.cut_log(out / "log.csv", trainer.done)
-    log = Log(out / "log.csv", trainer)
-    with log.file, StopSignal() as stop, progress(trainer, quiet) as bar:
+    if parallel.rank() == 0:
+        ck.write_text(out / "config.toml", config.to_toml())
+    with Log(out / "log.csv", trainer, say) as log, StopSignal() as stop, progress(trainer, quiet) as bar:
         loop(trainer, out, log, valid, stop, bar, say)
     finish(trainer, out, stop, say)
 
@@ -301,7 +298,7 @@ def loop(trainer, out, log, valid, stop, bar, say):
     ends = trainer.done >= t.max_steps
     while not ends:                          # asked once a step: a signal that comes later waits for the next
         log.rows.append(trainer.step())
-        ends = trainer.done == t.max_steps or stop.name is not None
+        ends = trainer.done == t.max_steps or stop.asked()
         evaluates = ends or due(trainer.done, t.eval_every)
         saves = ends or due(trainer.done, t.save_every or t.eval_every)
         if evaluates or saves or len(log.rows) >= log.patience:
@@ -313,7 +310,8 @@ def loop(trainer, out, log, valid, stop, bar, say):
         if saves:
             trainer.save(out)
         if due(trainer.done, t.sample_every) and not ends:
-            say(sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed))
+            text = sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed)
+            say(text.translate(PLAIN))
         if not log.rows:                         # else the clock is running for rows that are not settled yet
             log.since = time.perf_counter()
 
@@ -331,7 +329,9 @@ def assess(trainer, out, valid, say):
     if better:
         trainer.best = loss
         if t.keep != "last" and trainer.done:
-            ck.save(out / ck.BEST, trainer.header(), trainer.model.state_dict())
+            state = parallel.gather(trainer.model.state_dict(keep_vars=True))
+            if parallel.rank() == 0:
+                ck.save(out / ck.BEST, trainer.header(), state)
     say(f"step {trainer.done:>6}/{t.max_steps}  validation {loss:.4f} nats a token, {bpb:.4f} bits a byte"
         f"{'  (best so far)' if better and trainer.done else ''}")
     row = dict(val_loss=loss, val_bpb=bpb)
@@ -367,31 +367,30 @@ def build_parser():
     return parser
 
 
+def open_run(argv, held):
+    """(config, run folder, Checkpoint to go on from or None, quiet) that a command line asks for; the folder
+    stays locked until the ExitStack `held` closes."""
+    options, overrides = parse(build_parser(), argv)
+    given = options.config or options.resume and options.out
+    path = options.config if given else str(HERE / "configs" / "quick.toml")
+    out = Path(options.out or Path("runs") / Path(path).stem)
+    held.enter_context(ck.Lock(out))
+    saved = ck.load_last(out) if options.resume else None
+    if saved:
+        return ck.resume_config(out, saved, options.config, overrides, print), out, saved, options.quiet
+    config = load_config(path, overrides)
+    ck.claim(out, options.overwrite, [config.train.init_from, config.lifelong.teacher])
+    return config, out, None, options.quiet
+
+
 def main(argv=None):
-    """The program; returns its exit status: 0 done, 1 stopped by a failure, 2 a mistake in what was asked
-    for."""
+    """The program; returns its exit status: 0 done, 1 a failure, 2 a mistake in what was asked for."""
     try:
-        options, overrides = parse(build_parser(), argv)
-        given = options.config or options.resume and options.out
-        path = options.config if given else str(HERE / "configs" / "quick.toml")
-        out = Path(options.out or Path("runs") / Path(path).stem)
-        with ck.Lock(out):
-            saved = None
-            if options.resume:
-                saved = ck.load_last(out)
-                config = ck.resume_config(out, options.config, overrides, print)
-            else:
-                config = load_config(path, overrides)
-                if ck.has_run(out) and not options.overwrite:
-                    raise ConfigError(f"{out} already holds a run; add --resume to go on with it, --overwrite to "
-                                      "replace it, or --out DIR")
-                ck.clear_run(out)
-            run(config, out, saved, options.quiet)
-    except (ConfigError, DataError) as e:
-        return fail(e)
-    except (TrainingError, ck.CheckpointError) as e:
-        fail(e)
-        return 1
+        with parallel.processes(), contextlib.ExitStack() as held:
+            run(*parallel.from_rank0(lambda: open_run(argv, held)))
+    except (ConfigError, DataError, TrainingError, ck.CheckpointError, parallel.Lost, KeyboardInterrupt) as e:
+        status = fail(e) if parallel.first() else 2
+        return status if isinstance(e, (ConfigError, DataError, KeyboardInterrupt)) else 1
     return 0
 
 

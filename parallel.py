@@ -1,0 +1,244 @@
+"""Several processes: `torchrun --standalone --nproc_per_node=N train.py CONFIG` trains the model that one
+process would train with the same global batch; each process (rank) has its part of every micro-batch.
+
+The engines are torch.distributed's: DistributedDataParallel averages gradients (train.parallel = "ddp");
+fully_shard also cuts parameters, gradients and optimizer state over the ranks ("fsdp"), for models that
+outgrow one GPU. What they do not know is here: statistics of the whole batch, one process that prepares,
+speaks and writes for all, a common last step, and checkpoints of whole tensors, with which any number of
+processes goes on. With one process every function is the identity. Most are collective: all ranks call them
+in the same order, so nothing that ranks see differently may decide whether they are called.
+"""
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+from config import DIFFERS, ROUTERS
+
+PATIENCE = datetime.timedelta(hours=2)          # so long may rank 0 prepare data while the others wait
+AVERAGED = "aux_loss", "balance_loss", "z_loss", "dropped", "entropy"           # of Stats; loads are summed
+
+
+class Lost(RuntimeError):
+    """Another process of this run is gone."""
+
+
+def world():
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """Number of this process, from 0."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+@contextlib.contextmanager
+def processes():
+    """Joins the processes that torchrun started, if the caller has not. gloo carries settings and flags, on
+    the CPU, which waits for no GPU; nccl what is on GPUs. Raises Lost for all the ways in which the end of
+    another process shows."""
+    joins = int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_torchelastic_launched() and world() == 1
+    if joins:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=PATIENCE)
+    try:
+        yield
+    except RuntimeError as e:
+        if world() == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e) or "NCCL" in str(e)):
+            raise
+        raise Lost("another process of this run ended; --resume goes on from the last checkpoint, with any "
+                   f"number of processes ({str(e).splitlines()[0].split('. ')[0]})") from None
+    if joins:
+        dist.destroy_process_group()
+
+
+def own(device):
+    """The device of this process: of several, each has the GPU of its number."""
+    gpu = world() > 1 and device.type == "cuda"
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else device
+
+
+def check(config, device):
+    """Raises ConfigError for what this many processes cannot run."""
+    t, here = config.train, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if t.batch_size % (t.grad_accum * world()):
+        config.fail("train.batch_size", f"cannot be cut into train.grad_accum = {t.grad_accum} x {world()} "
+                    "processes")
+    if world() > 1 and device.type == "cuda" and here > torch.cuda.device_count():
+        config.fail("train.device", f"has {torch.cuda.device_count()} GPUs here, for {here} processes")
+    if sharded(config) and (config.ffn.n_frozen or config.lifelong.l2):
+        config.fail("train.parallel", "cuts tensors whose rows ffn.n_frozen and lifelong.l2 need: use ddp")
+
+
+def sharded(config):
+    return world() > 1 and config.train.parallel == "fsdp"
+
+
+def differences(config):
+    """What makes this config train differently with several processes: list of texts."""
+    f, moe = config.ffn, config.ffn.kind == "moe"
+    router = moe and DIFFERS in ROUTERS[f.router] and (f.router != "switch" or f.jitter > 0)
+    return ([f"ffn.router {f.router} draws noise or looks across the batch, in each process alone"] * router
+            + ["each process has its own capacity slots"] * bool(moe and (f.capacity_factor or f.eval_capacity_factor))
+            + ["each process draws its own dropout"] * bool(config.model.dropout))
+
+
+# ---- statistics of the whole batch
+
+
+class GlobalSum(torch.autograd.Function):
+    """x summed over ranks, and so is its gradient: that of the sum of all ranks' losses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
+def sums():
+    """Whether statistics are global: in training. Evaluation has other batches on each rank."""
+    return world() > 1 and torch.is_grad_enabled()
+
+
+def global_sum(x):
+    """Sum of x over ranks. Gradients are averaged over ranks, so a loss of it has the gradient that it has in
+    one process."""
+    return GlobalSum.apply(x) if sums() else x
+
+
+def global_mean(x):
+    """The same for a mean: all parts of a batch are of one size."""
+    return GlobalSum.apply(x) / world() if sums() else x
+
+
+def over_processes(loss, aux_loss, layers):
+    """(loss, aux_loss, [Stats]) of a step over all ranks: loads are summed, the rest is averaged."""
+    if world() == 1:
+        return loss, aux_loss, layers
+    numbers = [loss, aux_loss, *(getattr(s, name) for s in layers for name in AVERAGED)]
+    numbers = iter(global_mean(torch.stack(numbers)))
+    loads = global_sum(torch.cat([s.load for s in layers])).split([len(s.load) for s in layers])
+    return next(numbers), next(numbers), [
+        s._replace(load=load, **{name: next(numbers) for name in AVERAGED}) for s, load in zip(layers, loads)]
+
+
+def share(batches):
+    """Yields (batch, whether it counts): every rank gets equally many, since with fsdp a forward pass takes
+    all of them; a repeat at the end does not count."""
+    for i in range(rank(), -(-len(batches) // world()) * world(), world()):
+        yield batches[min(i, len(batches) - 1)], i < len(batches)
+
+
+def totals(numbers):
+    """A list of Python numbers summed over ranks."""
+    if world() == 1:
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def largest(number):
+    """The largest of a whole number that each rank has."""
+    tensor = torch.tensor(number)
+    if world() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+# ---- one process leads
+
+
+def from_rank0(make):
+    """make() of rank 0, for all; its tensors are bare shapes (device meta) elsewhere, for `spread` to fill.
+    What it raises is raised on rank 0, and the others end."""
+    if world() == 1:
+        return make()
+    result = error = None
+    try:
+        result = make() if rank() == 0 else None
+    except BaseException as e:
+        error = e
+    shapes = tree_map_only(torch.Tensor, lambda t: t.to("meta"), result)
+    box = [shapes, error is None, getattr(error, "code", 1)]
+    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+    if not box[1]:
+        raise error or SystemExit(box[2])
+    return result if rank() == 0 else box[0]
+
+
+def first():
+    """True in the first process that asks: an error that ends all of them is told once."""
+    with contextlib.suppress(RuntimeError):                     # the store may be gone, too
+        return world() == 1 or dist.distributed_c10d._get_default_store().add("first", 1) == 1
+    return True
+
+
+# ---- models and checkpoints
+
+
+def wrap(model, config, device):
+    """What training calls in place of the model. For fsdp the model is on the CPU and moves block by block,
+    as shards."""
+    if world() == 1:
+        return model
+    if not sharded(config):
+        ddp = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        ddp.broadcast_buffers = False       # in each forward: they are made of global statistics, and so equal
+        return ddp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(device.type, (world(),))
+    for part in (*model.blocks, model):             # whole for its forward and its backward, then let go
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    return model
+
+
+def accumulating(forward, last):
+    """Context of a micro-step: ddp averages gradients in the last one only."""
+    return contextlib.nullcontext() if last or not hasattr(forward, "no_sync") else forward.no_sync()
+
+
+def whole(tensor):
+    """A tensor that lies in parts on the ranks, put together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gather(tensors):
+    """Tensors by name as a checkpoint has them, whole; of several ranks the first alone gets them, on its
+    CPU. One by one, a tied one once."""
+    done = {}
+    for t in tensors.values():
+        if id(t) not in done:
+            full = whole(t.detach())
+            done[id(t)] = full if world() == 1 else full.cpu() if rank() == 0 else None
+    return {name: done[id(t)] for name, t in tensors.items()}
+
+
+def spread(tensors, model):
+    """A checkpoint's tensors, from rank 0 to all: whole, or in parts like the model's tensor of that name (in
+    an optimizer's state: of the name before the "/")."""
+    if world() == 1:
+        return tensors
+    from torch.distributed.tensor import distribute_tensor
+    own, placed = model.state_dict(), dict(tensors)
+    for name, t in tensors.items():
+        like = own.get(name.rpartition("/")[0] or name)
+        if like is not None:                        # unknown names are left to who loads them
+            t = t.to(like.device) if rank() == 0 else torch.empty_like(t, device=like.device)
+            if hasattr(like, "placements") and like.shape == t.shape:
+                placed[name] = distribute_tensor(t, like.device_mesh, like.placements)
+            else:
+                dist.broadcast(t, 0)
+                placed[name] = t
+    return placed
