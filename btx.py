@@ -21,12 +21,12 @@ import torch.nn.functional as F
 import checkpoint as ck
 import ensemble
 import routes
-from config import (ONE_EXPERT, Config, ConfigError, Parser, add_settings, fail, parse, resolve,
-                    sparse_layers, validate)
+from config import Config, ConfigError, Parser, add_settings, fail, parse, resolve, sparse_layers, validate
 from data.binfile import DataError
 from model import GPT
 from parents import (LAYOUT, check_branches, check_layers, check_settings, check_tokenizers, joined_config,
                      open_parents, strangers)
+from settings import ONE_EXPERT
 from units import average, blended, from_units, hidden_units, put_together, slices
 
 # What of [ffn] follows from the parents and cannot be chosen.

@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 
 import parallel
-from config import Config, ConfigError, LifelongConfig, all_fields, load_config, resolve, show, validate
+from config import Config, ConfigError, all_fields, load_config, resolve, show, validate
 from data.binfile import DataError, replacing
 from data.tokenizers import Tokenizer
 from model import GPT
+from settings import LifelongConfig
 
 try:
     import fcntl
@@ -159,7 +160,7 @@ def load_optimizer(model, optimizer, tensors):
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, _, what = key.rpartition("/")
-        optimizer.state[parameters[name]][what] = value
+        optimizer.state[parameters[name]][what] = value.to(parameters[name].device)
 
 
 def load_weights(model, state, where):

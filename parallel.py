@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
+from settings import DIFFERS, ROUTERS
 
-from config import DIFFERS, ROUTERS
 
 PATIENCE = datetime.timedelta(hours=2)          # so long may rank 0 prepare data while the others wait
 AVERAGED = "aux_loss", "balance_loss", "z_loss", "dropped", "entropy"           # of Stats; loads are summed
@@ -51,7 +51,8 @@ def processes():
     try:
         yield
     except RuntimeError as e:
-        if world() == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e) or "NCCL" in str(e)):
+        broken = type(e) is RuntimeError and ("gloo" in str(e) or "NCCL" in str(e))
+        if world() == 1 or not (broken or isinstance(e, dist.DistError)):
             raise
         raise Lost("another process of this run ended; --resume goes on from the last checkpoint, with any "
                    f"number of processes ({str(e).splitlines()[0].split('. ')[0]})") from None
@@ -85,8 +86,9 @@ def differences(config):
     """What makes this config train differently with several processes: list of texts."""
     f, moe = config.ffn, config.ffn.kind == "moe"
     router = moe and DIFFERS in ROUTERS[f.router] and (f.router != "switch" or f.jitter > 0)
+    capacity = moe and f.capacity_factor + f.eval_capacity_factor > 0
     return ([f"ffn.router {f.router} draws noise or looks across the batch, in each process alone"] * router
-            + ["each process has its own capacity slots"] * bool(moe and (f.capacity_factor or f.eval_capacity_factor))
+            + ["each process has its own capacity slots"] * capacity
             + ["each process draws its own dropout"] * bool(config.model.dropout))
 
 
@@ -194,7 +196,7 @@ def wrap(model, config, device):
         return model
     if not sharded(config):
         ddp = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-        ddp.broadcast_buffers = False       # in each forward: they are made of global statistics, and so equal
+        ddp.broadcast_buffers = False           # before each forward: global statistics keep them equal
         return ddp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 import checkpoint as ck
 import parallel
-from config import DIFFERS, sparse_layers
+from config import sparse_layers
 from moe import choose_dispatch, grouped_refusal
 from peer import choose_path, usage
 from data.binfile import explain
 from sample import PLAIN, sample_text
+from settings import DIFFERS
 from watch import Watch
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second",
@@ -157,7 +158,7 @@ class StopSignal:
         return number > 0
 
     def __exit__(self, error, *_):
-        if error and parallel.world() > 1:      # torchrun ends all that are left, at once: first tell what happened
+        if error and parallel.world() > 1:          # torchrun is about to end all: first tell what happened
             return
         for number, handler in self.old.items():
             signal.signal(number, handler)

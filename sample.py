@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import CheckpointError, load_model
-from config import ROUTERS, ConfigError, Parser, fail, parse, sparse_layers
+from config import ConfigError, Parser, fail, parse, sparse_layers
 from data.binfile import DataError
 from routers import Stats
+from settings import ROUTERS
 
 # What a terminal would obey, as visible signs: an untrained byte model writes escape codes too.
 CONTROLS = {i: 0x2400 + i for i in range(32)} | {127: 0x2421} | {i: 0xFFFD for i in range(128, 160)}

@@ -299,7 +299,7 @@ def loop(trainer, out, log, valid, stop, bar, say):
     while not ends:                          # asked once a step: a signal that comes later waits for the next
         log.rows.append(trainer.step())
         ends = trainer.done == t.max_steps or stop.asked()
-        evaluates = ends or due(trainer.done, t.eval_every)
+        evaluates = trainer.done == t.max_steps or due(trainer.done, t.eval_every)
         saves = ends or due(trainer.done, t.save_every or t.eval_every)
         if evaluates or saves or len(log.rows) >= log.patience:
             rows = log.settle()

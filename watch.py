@@ -7,7 +7,8 @@ import math
 import statistics
 from collections import deque
 
-from config import NO_CHOICE, sparse_layers
+from config import sparse_layers
+from settings import NO_CHOICE
 
 SPIKE, SPIKES, MEMORY = 10.0, 3, 100    # so many times the median, so often among so many norms
 EARLY = 20                              # norms before there is a median to speak of

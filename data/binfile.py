@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import struct
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,8 @@ def replacing(path, expected=0):
         sync_folder(path.parent)
     except OSError as error:
         written = temporary.stat().st_size if temporary.exists() else 0
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):                         # on a disk that only reads
+            temporary.unlink()
         raise DataError(explain(error, path, max(expected, written))) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -68,10 +69,10 @@ def replacing(path, expected=0):
 def explain(error, path, needed):
     """One line for a person about a failed write."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename or path}: cannot write: {error.strerror or error}; choose another --out"
+        return f"{path}: cannot be written: {error.strerror or error}; choose another folder"
     free = shutil.disk_usage(path.parent).free / 1e6
     return (f"{path}: the disk is full: this file needs at least {needed / 1e6:.1f} MB, {free:.1f} are free; "
-            "make room or choose another --out, then run the command again (what was there is untouched)")
+            "make room or choose another folder, then run the command again (what was there is untouched)")
 
 
 def sync_folder(folder):
@@ -136,7 +137,7 @@ def read_header(path):
     if version != VERSION:
         raise DataError(f"{path}: has format version {version}, this code reads {VERSION}; {remedy}")
     text = page[FIXED.size:FIXED.size + length]
-    if hashlib.sha256(text).digest() != digest:
+    if hashlib.sha256(text).digest() != digest or any(page[FIXED.size + length:]):
         raise DataError(f"{path}: the header is damaged; {remedy}")
     meta = json.loads(text)
     wanted = HEADER + meta["count"] * DTYPES[meta["dtype"]].itemsize

@@ -129,8 +129,9 @@ def split_tokens(corpus, split, tokenizer, max_tokens, meta, bar):
         if max_tokens and tokens >= max_tokens:
             break
     if tokens < 2:
-        raise DataError(f"{corpus.name}: too short: its {split} split has {tokens} tokens; a tenth is held "
-                        "out, so a text needs at least 20 characters")
+        why = (f"max_tokens = {max_tokens} allows no more" if max_tokens and tokens == max_tokens else
+               "a tenth is held out, so a text needs at least 20 characters")
+        raise DataError(f"{corpus.name}: too short: its {split} split has {tokens} tokens; {why}")
 
 
 def build(folder, corpus, tokenizer, settings, max_tokens=0, quiet=False):

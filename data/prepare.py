@@ -85,10 +85,13 @@ def sound_header(folder):
 
 def remembered(name, out):
     """The local copy that a corpus was made from before, with any tokenizer, if that still exists."""
-    for path in sorted(out.glob(f"{glob.escape(corpus_name(name))}-*/train.bin")):
+    name = corpus_name(name)
+    if Path(name).name != name:                         # the path of something that is not there
+        return None
+    for path in sorted(out.glob(f"{glob.escape(name)}-*/train.bin")):
         with suppress(DataError):
             header = read_header(path)
-            if header["corpus"] == corpus_name(name) and header["path"] and Path(header["path"]).exists():
+            if header["corpus"] == name and header["path"] and Path(header["path"]).exists():
                 return header["path"]
     return None
 

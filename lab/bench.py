@@ -133,7 +133,7 @@ def main(argv=None):
         if options.json and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
             raise ConfigError(f"--json {options.json}: must be a file in a folder that exists")
         rows = run(options)
-    except ConfigError as e:
+    except (ConfigError, KeyboardInterrupt) as e:
         return fail(e)
     except BenchError as e:
         fail(e)

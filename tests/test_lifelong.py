@@ -11,11 +11,12 @@ import checkpoint as ck
 import lifelong
 import retain
 import train
-from config import ONE_EXPERT, ConfigError, load_config, resolve
+from config import ConfigError, load_config, resolve
 from data.batches import Batches
 from data.prepare import prepare
 from model import GPT
 from sample import sample_text
+from settings import ONE_EXPERT
 from tiny import LEARNED, batch_of, config_of, model_of
 
 TINY = {"model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "model.block_size": 16, "ffn.d_ff": 16,

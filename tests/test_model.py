@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import ONE_EXPERT, all_fields, load_config, sparse_layers
+from config import all_fields, load_config, sparse_layers
 from model import GPT, Cache, NormOnCPU, RMSNorm, rotary_table, rotate
 from moe import Dense, MoE
+from settings import ONE_EXPERT
 from tiny import KINDS, LEARNED, ROUTERS, batch_of, config_of, model_of, run
 
 ROOT = Path(__file__).parent.parent

@@ -18,8 +18,9 @@ from tiny import batch_of, model_of
 import checkpoint as ck
 import parallel
 import train
-from config import DIFFERS, ROUTERS, load_config
+from config import load_config
 from data.prepare import prepare
+from settings import DIFFERS, ROUTERS
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not Path("/proc/self/task").exists(),
                                 reason="needs torch.distributed and /proc")

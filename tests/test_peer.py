@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import peer
-from config import FFNConfig, load_config
+from config import load_config
 from model import GPT
 from moe import Dense
 from peer import PEER, BatchNorm, TopKLean, cartesian_candidates, choose_path, retrieve, topk_readable, usage
 from routers import Context
+from settings import FFNConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAN_FUSE = kernels.use_triton(torch.zeros(1, device=DEVICE))

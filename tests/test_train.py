@@ -214,7 +214,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, corpora,
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "--resume" in err and "Traceback" not in err and "\x1b" not in err
-    assert weights(tmp_path / "run").header["step"] == int(rows(tmp_path / "run")[-1]["step"])
+    last = rows(tmp_path / "run")[-1]
+    assert weights(tmp_path / "run").header["step"] == int(last["step"]) and not last["val_loss"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(corpora, tmp_path, monkeypatch, capsys):
@@ -243,7 +244,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(corpora, tmp_path, monkeypatch, c
     monkeypatch.setattr(ck.torch, "save", full)
     assert train.main(["--out", str(tmp_path / "run"), "--resume", "--quiet", "--train.max_steps", "6"]) == 1
     error = capsys.readouterr().err
-    assert "disk is full" in error and "MiB" in error
+    assert "disk is full" in error and "MB" in error
     assert (tmp_path / "run" / ck.LAST).read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp"))
 

@@ -1,8 +1,9 @@
 """Small models for the tests: one of every kind of feed-forward layer, and of every router."""
 import torch
 
-from config import ONE_EXPERT, ROUTERS, load_config
+from config import load_config
 from model import GPT
+from settings import ONE_EXPERT, ROUTERS
 
 BASE = {"model.n_layer": 2, "model.n_embd": 16, "model.n_head": 2, "model.block_size": 12,
         "model.vocab_size": 32, "ffn.n_expert": 4, "ffn.d_ff": 16}

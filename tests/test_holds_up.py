@@ -1,0 +1,291 @@
+"""What users and machines do to a run: kills, full disks, folders that cannot be written, files that are not
+what they should be, settings at random. tests/torture.py does the same for as long as asked."""
+import contextlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import btx
+import checkpoint as ck
+import lifelong
+import sample
+import train
+from data import prepare as preparing
+from lab import evaluate, experiment, plots
+from torture_configs import check_config
+from torture_home import ROOT, Home, call
+from torture_inputs import CASES
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = Home(tmp_path_factory.mktemp("holds") / "home")
+    home.build()
+    return home
+
+
+def refused(result, *words):
+    """The line in which a program refused, which holds these words."""
+    said = result.refusal()
+    assert said and all(word in said for word in words), (result.status, result.err)
+    return said
+
+
+# --- at random ---
+
+@settings(max_examples=36, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(rng=st.randoms(use_true_random=False))
+def test_a_config_that_is_accepted_works_and_one_that_is_refused_names_its_key(rng, home, tmp_path_factory):
+    how, problem, line = check_config(rng, home, tmp_path_factory.getbasetemp() / "random")
+    assert not problem, f"{problem}\n  train.py {line}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_files_end_in_one_line_that_names_them(case, home, tmp_path):
+    counts = {}
+    for seed in range(12):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        kind, how, problem = CASES[case](random.Random(seed), home, folder)
+        assert not problem, f"seed {seed}: {problem}"
+        counts[how] = counts.get(how, 0) + 1
+    assert counts["refused"] >= 3
+
+
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path):
+    """In a process of its own, which can fork: this one may have threads."""
+    program = [sys.executable, ROOT / "tests" / "torture.py", "--only", "training", "--trial", "0"]
+    program += ["--minutes", "0.1", "--json", tmp_path / "found.json"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert done.returncode == 0 and not found["losses"], done.stdout
+    assert found["counts"]["SIGKILLs survived by one run"] >= 3
+
+
+# --- disks ---
+
+@contextlib.contextmanager
+def small_disk(folder, mib, read_only=False):
+    """A folder on a disk of its own; skips where that is not permitted."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)]
+    try:
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a small disk is not permitted here")
+    except OSError:
+        pytest.skip("this system has no mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder, leave=0):
+    """Takes all room on a disk but for `leave` bytes."""
+    with open(folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    size = (folder / "filler").stat().st_size
+    os.truncate(folder / "filler", max(0, size - leave))
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(home, tmp_path):
+    with small_disk(tmp_path / "disk", 4) as disk:
+        assert home.train(disk / "run", {}).status == 0
+        before = (disk / "run" / ck.LAST).read_bytes()
+        fill(disk, 20_000)                                  # enough for the log
+        result = call(train.main, "--out", disk / "run", "--resume", "--quiet", "--train.max_steps", "5",
+                      "--train.keep", "last")
+        assert result.status == 1
+        said = refused(result, "disk is full", "ckpt_new.pt")
+        assert float(re.search(r"needs at least ([\d.]+) MB", said)[1]) >= 0.9 * len(before) / 1e6
+        assert (disk / "run" / ck.LAST).read_bytes() == before and not list((disk / "run").glob(".ckpt*"))
+        (disk / "filler").unlink()
+        assert call(train.main, "--out", disk / "run", "--resume", "--quiet").status == 0
+
+
+def test_a_log_that_does_not_fit_on_the_disk_stops_the_run_with_what_is_needed(home, tmp_path):
+    with small_disk(tmp_path / "disk", 4) as disk:
+        assert home.train(disk / "run", {}).status == 0
+        fill(disk, 20_000)
+        result = call(train.main, "--out", disk / "run", "--resume", "--quiet", "--train.max_steps", "5000",
+                      "--train.eval_every", "0")
+        said = refused(result, "log.csv", "disk is full")
+        assert result.status == 1 and float(re.search(r"needs at least ([\d.]+) MB", said)[1]) > 0.2
+        assert ck.load(disk / "run" / ck.LAST).header["step"] == 2
+
+
+def test_data_that_does_not_fit_on_the_disk_leaves_the_old(tmp_path):
+    with small_disk(tmp_path / "disk", 1) as disk:
+        text = tmp_path / "text.txt"
+        text.write_text("some text\n" * 1000)
+        assert call(preparing.main, text, "--out", disk).status == 0
+        before = {path.name: path.read_bytes() for path in (disk / "text-byte").iterdir()}
+        text.write_text("other text\n" * 300_000)
+        said = refused(call(preparing.main, text, "--out", disk), "disk is full", "train.bin")
+        assert float(re.search(r"needs at least ([\d.]+) MB", said)[1]) > 2.9
+        assert {path.name: path.read_bytes() for path in (disk / "text-byte").iterdir()} == before
+
+
+def test_folders_that_cannot_be_written_are_one_line_and_what_only_reads_works(home, tmp_path):
+    with small_disk(tmp_path / "disk", 4) as disk:
+        assert home.train(disk / "run", {}).status == 0
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        resumed = call(train.main, "--out", disk / "run", "--resume", "--quiet", "--train.max_steps", "5")
+        assert "Read-only" in refused(resumed, str(disk / "run"), "--out") and resumed.status == 1
+        assert "--out" in refused(home.train(disk / "new", {}), str(disk / "new"))
+        prepared = call(preparing.main, home.folder / "one.txt", "--out", disk / "data")
+        assert "--out" in refused(prepared, str(disk))
+        expand = call(lifelong.main, "expand", home.folder / "moe", "--add", "1", "--out", disk / "grown")
+        refused(expand, str(disk / "grown"))
+        refused(call(evaluate.main, disk / "run"), "evaluation.json")
+        refused(call(plots.main, disk / "run"), "loss.png")
+        assert call(sample.main, disk / "run", "--tokens", 3).status == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_another_users_folder_is_one_line(home, tmp_path):
+    """As user nobody, who reads but does not write."""
+    code = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import checkpoint as ck; os.setuid(65534)\n"
+            "try: ck.Lock('/').__enter__()\n"
+            "except ck.CheckpointError as e: print(e)")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Permission denied" in said.stdout and "--out" in said.stdout, said.stderr
+
+
+def test_a_folder_in_the_place_of_a_file_and_a_missing_folder(home, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "--out" in refused(home.train(tmp_path / "file" / "run", {}), "file")
+    none, made = tmp_path / "none", tmp_path / "made"
+    for program, *argv in [(sample.main, none), (evaluate.main, none), (plots.main, none),
+                           (lifelong.main, "expand", none, "--add", 1, "--out", made),
+                           (btx.main, "upcycle", none, "--out", made)]:
+        refused(call(program, *argv), "none", "no such")
+
+
+# --- runs that were changed, or died early ---
+
+def test_settings_changed_in_the_folder_are_applied_or_refused_by_name(home, tmp_path):
+    """config.toml is the user's to edit; the checkpoint knows what was trained."""
+    assert home.train(tmp_path / "run", {}).status == 0
+    path, resume = tmp_path / "run" / "config.toml", ["--out", tmp_path / "run", "--resume", "--quiet"]
+    good = path.read_text()
+    path.write_text(good.replace("max_steps = 2", "max_steps = 3"))
+    result = call(train.main, *resume)
+    assert result.status == 0 and "train.max_steps = 3 (was 2)" in result.out
+    for key, old, new in ("n_layer", "2", "3"), ("lr", "0.003", "0.1"), ("n_expert", "4", "8"):
+        assert f"\n{key} = {old}" in good
+        path.write_text(good.replace(f"\n{key} = {old}", f"\n{key} = {new}"))
+        refused(call(train.main, *resume), "config.toml", f"{key} = {new}", f"with {old}", "start a new run")
+
+
+def test_checkpoints_of_other_code_say_what_differs(home, tmp_path):
+    header, model, optimizer = ck.load(home.folder / "moe" / ck.LAST)
+    other = json.loads(json.dumps(header))
+    other["config"]["ffn"]["n_experts"] = other["config"]["ffn"].pop("n_expert")
+    ck.save(tmp_path / "renamed.pt", other, model)
+    with pytest.raises(ck.CheckpointError, match=r"renamed.pt: .*ffn.n_experts.*did you mean ffn.n_expert\?"):
+        ck.load(tmp_path / "renamed.pt")
+    newer = dict(header=json.dumps(header | {"format": 7}), model=model, optimizer={})
+    torch.save(newer, tmp_path / "newer.pt")
+    with pytest.raises(ck.CheckpointError, match="newer.pt: has format 7, this code reads format 1"):
+        ck.load(tmp_path / "newer.pt")
+    for part in ("step", "config", "tokenizer", "ancestry"):
+        without = {k: v for k, v in header.items() if k != part}
+        ck.save(tmp_path / "part.pt", without, model)
+        with pytest.raises(ck.CheckpointError, match="part.pt: not a checkpoint of this program"):
+            ck.load(tmp_path / "part.pt")
+
+
+def test_a_run_killed_before_its_first_checkpoint_says_how_to_go_on(home, tmp_path):
+    run = tmp_path / "run"
+    assert home.train(run, {}).status == 0
+    (run / ck.LAST).unlink()
+    assert not (run / ck.PREVIOUS).exists()
+    refused(call(train.main, "--out", run, "--resume", "--quiet"), "ckpt_best.pt alone", "--overwrite")
+    assert home.train(run, {}, "--overwrite").status == 0
+    for path in run.glob("ckpt_*"):
+        path.unlink()
+    assert home.train(run, {}).status == 0                  # a log alone is no run
+
+
+def test_a_log_that_is_empty_or_cut_goes_on_and_another_one_is_refused(home, tmp_path):
+    run, resume = tmp_path / "run", ["--out", tmp_path / "run", "--resume", "--quiet", "--train.max_steps"]
+    assert home.train(run, {}).status == 0
+    whole = (run / "log.csv").read_bytes()
+    head = whole.split(b"\r\n")[0] + b"\r\n"
+    for steps, content, expected in [(3, b"", 1), (4, head[:20], 1), (5, head + b"1,64,0.1\r\n", 1),
+                                     (6, whole + b"3,19", 4)]:
+        (run / "log.csv").write_bytes(content)
+        assert call(train.main, *resume, steps).status == 0
+        lines = (run / "log.csv").read_bytes().split(b"\r\n")
+        assert lines[0] + b"\r\n" == head and len(lines) - 2 == expected
+        assert lines[-2].startswith(b"%d," % steps)
+    (run / "log.csv").write_bytes(b"a,b\r\n1,2\r\n")
+    refused(call(train.main, *resume, 7), "log.csv", "move it away")
+    assert (run / "log.csv").read_bytes() == b"a,b\r\n1,2\r\n"
+
+
+@pytest.mark.parametrize("program, argv, where", [
+    (train, [], "train.find_or_prepare"),
+    (lifelong, ["expand", "x", "--add", "1", "--out", "y"], "lifelong.expand"),
+    (evaluate, ["x"], "lab.evaluate.evaluate"), (plots, ["x"], "lab.plots.open_run"),
+    (experiment, ["x.toml"], "lab.experiment.Experiment")])
+def test_ctrl_c_is_one_line_wherever_it_comes(program, argv, where, home, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    argv = home.command(tmp_path / "run", {}) if program is train else argv
+    result = call(program.main, *argv)
+    assert (result.status, result.err.strip()) == (130, "interrupted")
+
+
+def test_a_text_one_token_short_of_a_window(home, tmp_path):
+    (tmp_path / "short.txt").write_text("x" * 100)          # 90 to train on, 10 to validate
+    wanted = {"data.dir": tmp_path, "data.name": tmp_path / "short.txt"}
+    assert home.train(tmp_path / "fits", wanted | {"model.block_size": 9}).status == 0
+    refused(home.train(tmp_path / "not", wanted | {"model.block_size": 10}), "val.bin", "model.block_size")
+
+
+# --- what is printed ---
+
+SILENT = """
+seeds = 1
+[arms.a]
+make = "{script} {out} 1.5"
+"""
+
+
+def test_quiet_programs_say_nothing_and_no_file_gets_control_characters(home, tmp_path, monkeypatch):
+    """Output that is no terminal: captured here, a file for a user."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text("import pathlib, sys\n"
+                                        "path = pathlib.Path(sys.argv[1], 'evaluation.json')\n"
+                                        "path.write_text('{\"val_loss\": 1.5}')\n")
+    (tmp_path / "own.toml").write_text(SILENT.replace("{script}", str(tmp_path / "script.py")))
+    (tmp_path / "own.txt").write_text("a text of one's own\n" * 100)
+    command = home.command(tmp_path / "run", {"train.sample_tokens": 100, "train.sample_every": 1})
+    prepare = [preparing.main, tmp_path / "own.txt", "--out", tmp_path]
+    for program, *argv in ([train.main, *command], [*prepare, "--quiet"],
+                           [experiment.main, "own.toml", "--quiet"]):
+        assert call(program, *argv) == (0, "", "")
+    loud = [(train.main, *[word for word in command if word != "--quiet"], "--overwrite"),
+            (*prepare, "--tokenizer", "bpe", "--vocab_size", 260), (experiment.main, "own.toml", "--list"),
+            (experiment.main, "own.toml", "--out", tmp_path / "again"),
+            (lifelong.main, "expand", home.folder / "moe", "--add", 1, "--out", tmp_path / "grown"),
+            (btx.main, "merge", home.folder / "moe", home.folder / "moe", "--out", tmp_path / "merged"),
+            (evaluate.main, tmp_path / "run"), (plots.main, tmp_path / "run"),
+            (sample.main, home.folder / "moe", "--tokens", 3, "--prompt", "def", "--show-experts")]
+    for program, *argv in loud:
+        result = call(program, *argv)
+        assert result.status == 0, result.err
+        said = result.out + result.err
+        assert said and not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", said), argv
