@@ -36,15 +36,15 @@ except ImportError:                                   # Windows has no flock: th
 
 FORMAT = 1
 # A resumed run may change these; everything else would make it another run.
-CHANGEABLE = {"train." + name for name in ("max_steps", "eval_every", "eval_batches", "log_every", "save_every",
-              "sample_every", "sample_tokens", "device", "compile", "keep", "grad_accum", "parallel")} | {
-              "ffn.dispatch", "ffn.peer_path", "data.dir", "lifelong.teacher"}
+CHANGEABLE = {"train." + name for name in ("max_steps", "eval_every", "eval_batches", "log_every",
+              "save_every", "sample_every", "sample_tokens", "device", "compile", "keep", "grad_accum",
+              "parallel")} | {"ffn.dispatch", "ffn.peer_path", "data.dir", "lifelong.teacher"}
 # A run that starts from another's weights may change these parts of [model] and [ffn]: no tensor depends on
 # them.
 RETRAINABLE = {"model.dropout", "model.loss_chunks"} | {"ffn." + name for name in (
-    "balance", "balance_loss", "load_loss", "device_loss", "comm_loss", "z_loss", "bias_rate", "capacity_factor",
-    "eval_capacity_factor", "dispatch", "jitter", "rl_loss", "gumbel_rate", "peer_path", "n_frozen",
-    "frozen_routes")}
+    "balance", "balance_loss", "load_loss", "device_loss", "comm_loss", "z_loss", "bias_rate",
+    "capacity_factor", "eval_capacity_factor", "dispatch", "jitter", "rl_loss", "gumbel_rate", "peer_path",
+    "n_frozen", "frozen_routes")}
 LAST, PREVIOUS, BEST = "ckpt_last.pt", "ckpt_prev.pt", "ckpt_best.pt"
 
 
@@ -116,7 +116,7 @@ def load(path, device="cpu"):
 
 
 def check_content(checkpoint):
-    """Raises some exception unless all is there that is read later, settings that this code knows included."""
+    """Raises some exception unless all is there that is read later, and the settings are known here."""
     Config.from_dict(checkpoint.header["config"])
     Tokenizer.from_dict(checkpoint.header["tokenizer"])
     whole = isinstance(checkpoint.header["step"], int) and "ancestry" in checkpoint.header
@@ -130,8 +130,8 @@ def load_last(folder, device="cpu", say=lambda text: print(text, file=sys.stderr
         return load(Path(folder) / LAST, device)
     except CheckpointError as e:
         if not can_resume(folder) and (Path(folder) / BEST).is_file():
-            raise CheckpointError(f"{folder}: holds {BEST} alone, which lacks what it takes to go on; start a "
-                                  "run from it with --train.init_from, or replace it by --overwrite") from None
+            raise CheckpointError(f"{folder}: holds {BEST} alone, which lacks what it takes to go on; start "
+                                  "from it with --train.init_from, or replace it: --overwrite") from None
         if not (Path(folder) / PREVIOUS).is_file():
             raise
         say(f"{e}; going back to {PREVIOUS}")
@@ -161,6 +161,14 @@ def load_optimizer(model, optimizer, tensors):
     for key, value in tensors.items():
         name, _, what = key.rpartition("/")
         optimizer.state[parameters[name]][what] = value.to(parameters[name].device)
+
+
+def check_text(saved, checksums, config):
+    """Raises ConfigError if the run was started with other text than its corpora hold now. A model that was
+    made, not trained, has read none."""
+    if saved.header.get("data", checksums) != checksums:
+        config.fail("data.name", "holds other text than when this run was started; prepare that again, or "
+                    "start a new run from these weights with train.init_from")
 
 
 def load_weights(model, state, where):
@@ -225,15 +233,15 @@ class Lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a+")
         except OSError as e:
-            raise CheckpointError(f"{self.path.parent}: cannot be written ({e.strerror}); choose another folder "
-                                  "with --out") from None
+            raise CheckpointError(f"{self.path.parent}: cannot be written ({e.strerror}); choose another "
+                                  "folder with --out") from None
         try:
             if fcntl:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.file.close()
-            raise CheckpointError(f"{self.path.parent}: another process is using this run folder; wait for it, "
-                                  "or choose another with --out") from None
+            raise CheckpointError(f"{self.path.parent}: another process is using this run folder; wait for "
+                                  "it, or choose another with --out") from None
         return self
 
     def __exit__(self, *_):
@@ -300,8 +308,9 @@ def carry_tokenizer(config, tokenizer, out):
 
 
 def sign(ancestry, folder, table):
-    """Notes in an ancestry whose folder it is and, once, what its run began with: a short hash of the embedding
-    table, equal for two runs that start from one trained model, or from one draw of random numbers."""
+    """Notes in an ancestry whose folder it is and, once, what its run began with: a short hash of the
+    embedding table, equal for two runs that start from one trained model, or from one draw of random
+    numbers."""
     ancestry["run"] = str(folder)
     numbers = table.detach().float().cpu().numpy()
     ancestry.setdefault("start", hashlib.sha256(numbers.tobytes()).hexdigest()[:12])

@@ -229,9 +229,10 @@ def validate(config):
         (ll.distill and m.loss_chunks > 1, "lifelong.distill",
          f"needs logits, which model.loss_chunks = {m.loss_chunks} never makes; set that to 1"),
         (ll.l2 and not t.init_from, "lifelong.l2", "needs old weights: set train.init_from"),
-        (ll.l2 and ll.lora_rank, "lifelong.l2", "has nothing to hold: with lifelong.lora_rank the old weights "
-         "do not move"),
-        (ll.lora_rank and not t.init_from, "lifelong.lora_rank", "adapts a trained model: set train.init_from"),
+        (ll.l2 and ll.lora_rank, "lifelong.l2", "has nothing to hold: with lifelong.lora_rank the old "
+         "weights do not move"),
+        (ll.lora_rank and not t.init_from, "lifelong.lora_rank",
+         "adapts a trained model: set train.init_from"),
     ]
     if f.kind == "moe":
         checks += moe_checks(config)
@@ -254,7 +255,8 @@ def moe_checks(config):
         (f.top_k > f.n_expert, "ffn.top_k", f"is more than ffn.n_expert = {f.n_expert}"),
         (f.d_expert and f.granularity > 1, "ffn.d_expert",
          f"and ffn.granularity = {f.granularity} both set the width of an expert; give one of them"),
-        (not f.d_expert and f.d_ff % f.granularity, "ffn.granularity", f"does not divide ffn.d_ff = {f.d_ff}"),
+        (not f.d_expert and f.d_ff % f.granularity, "ffn.granularity",
+         f"does not divide ffn.d_ff = {f.d_ff}"),
         (f.router in ONE_EXPERT and k > 1, "ffn.top_k",
          f"(times ffn.granularity) must be 1 for ffn.router = \"{f.router}\""),
         (f.router == "gshard" and k != 2, "ffn.top_k",
@@ -298,8 +300,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message):
-    """Prints `error: message` to stderr; returns the exit status 2. Of a KeyboardInterrupt: `interrupted`, and
-    the status 130, as shells report what Ctrl-C ended."""
+    """Prints `error: message` to stderr; returns the exit status 2. Of a KeyboardInterrupt: `interrupted`,
+    and the status 130, as shells report what Ctrl-C ended."""
     interrupted = isinstance(message, KeyboardInterrupt)
     print("\ninterrupted" if interrupted else f"error: {message}", file=sys.stderr)
     return 130 if interrupted else 2

@@ -23,8 +23,8 @@ from settings import DIFFERS
 from watch import Watch
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second",
-           "balance_loss", "z_loss", "aux_loss", "max_expert_share", "entropy", "dropped", "experts_used", "unevenness",
-           "expert_load"]
+           "balance_loss", "z_loss", "aux_loss", "max_expert_share", "entropy", "dropped", "experts_used",
+           "unevenness", "expert_load"]
 MAX_LOGGED_EXPERTS = 1024                               # a million numbers do not belong in a row of a table
 
 
@@ -68,8 +68,9 @@ class Log:
                 for what in ("loss", "grad_norm"):
                     if not math.isfinite(row[what]):
                         raise TrainingError(
-                            f"{what} of step {row['step']} is {row[what]}; training stops, the last good checkpoint "
-                            "is kept. Try a lower train.lr, a longer train.warmup_steps or a smaller train.grad_clip")
+                            f"{what} of step {row['step']} is {row[what]}; training stops, the last good "
+                            "checkpoint is kept. Try a lower train.lr, a longer train.warmup_steps or a "
+                            "smaller train.grad_clip")
         return rows
 
     def write(self, rows, **more):
@@ -88,8 +89,8 @@ class Log:
 
 
 def cut_log(path, step, columns):
-    """Makes log.csv ready for the rows after `step`: a new one gets its header; an old one loses the rows that
-    a resumed run will write again, and a last row that a killed process left unfinished. Raises
+    """Makes log.csv ready for the rows after `step`: a new one gets its header; an old one loses the rows
+    that a resumed run will write again, and a last row that a killed process left unfinished. Raises
     CheckpointError for a file of other columns."""
     text = io.StringIO(newline="")
     csv.writer(text).writerow(columns)
@@ -101,8 +102,8 @@ def cut_log(path, step, columns):
             raise ck.CheckpointError(f"{path}: cannot be read ({e.strerror}); move it away") from None
         found = next(iter(old), b"")
         if not header.startswith(found):                    # which may be empty or cut short as well
-            raise ck.CheckpointError(f"{path}: is no log of this run, its first line does not name the columns; "
-                                     "move it away and --resume begins a new one")
+            raise ck.CheckpointError(f"{path}: is no log of this run, its first line does not name the "
+                                     "columns; move it away and --resume begins a new one")
         new = held.enter_context(ck.written(path))
         new.write(header)
         new.writelines(row for row in old if is_whole(row, len(columns)) and int(row.split(b",")[0]) <= step)
@@ -212,8 +213,8 @@ def finish(trainer, out, stop, say):
         text = sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed)
         say(f"--- sample ---\n{text.translate(PLAIN)}\n--------------")
     size = (out / ck.LAST).stat().st_size / 2**20
-    say(f"best validation loss {trainer.best:.4f} nats a token; {trainer.done} steps took {trainer.seconds:.0f} s; "
-        f"a checkpoint is {size:,.1f} MiB. Next:\n"
+    say(f"best validation loss {trainer.best:.4f} nats a token; {trainer.done} steps took "
+        f"{trainer.seconds:.0f} s; a checkpoint is {size:,.1f} MiB. Next:\n"
         f"  python sample.py {out} --prompt \"def \" --show-experts\n"
         f"  python -m lab.plots {out}\n"
         f"  python train.py --out {out} --resume --train.max_steps {2 * t.max_steps}\n"

@@ -288,10 +288,11 @@ class Base(Router):
     def __init__(self, config, d):
         super().__init__(config, d)
         nn.init.orthogonal_(self.score.weight, gain=0.1)
+        self.assign = torch.compiler.disable(balanced_assignment)   # only here: it loads the compiler, 2 seconds
 
     def forward(self, x, ctx):
         logits = self.score(x)
-        choice = balanced_assignment(logits.detach()) if self.training else logits.argmax(-1)
+        choice = self.assign(logits.detach()) if self.training else logits.argmax(-1)
         indices = choice.unsqueeze(-1)
         return pairs(indices, logits.gather(1, indices).sigmoid(), logits=logits, probs=logits.softmax(-1))
 
@@ -438,9 +439,9 @@ class Domain(nn.Module):
         return pairs(indices, torch.ones_like(indices, dtype=torch.float32))
 
 
-ROUTERS = dict(topk=TopK, noisy_topk=NoisyTopK, switch=Switch, gshard=GShard, sigmoid=Sigmoid, sinkhorn=Sinkhorn,
-               base=Base, hash=Hash, rl=RL, expert_choice=ExpertChoice, soft=Soft, sample_top1=SampleTop1,
-               domain=Domain)
+ROUTERS = dict(topk=TopK, noisy_topk=NoisyTopK, switch=Switch, gshard=GShard, sigmoid=Sigmoid,
+               sinkhorn=Sinkhorn, base=Base, hash=Hash, rl=RL, expert_choice=ExpertChoice, soft=Soft,
+               sample_top1=SampleTop1, domain=Domain)
 
 
 def build_router(config, d, vocab_size, layer):

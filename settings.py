@@ -1,5 +1,5 @@
-"""Every setting of a run, one dataclass for each section of a config file: the only place where a default, its
-meaning and its allowed range are written. The parser, the help and the checks of config.py are generated
+"""Every setting of a run, one dataclass for each section of a config file: the only place where a default,
+its meaning and its allowed range are written. The parser, the help and the checks of config.py are generated
 from it.
 """
 from dataclasses import dataclass, field
@@ -72,8 +72,8 @@ class FFNConfig:
                            low=1)
     d_expert: int = opt(0, "hidden width of one expert (0: d_ff / granularity)", low=0)
     n_frozen: int = opt(0, "the first n_frozen experts of every sparse layer, counted after the granularity "
-                           "split, never change in training (lifelong.py expand, btx.py mix --freeze-experts)",
-                        low=0)
+                           "split, never change in training (lifelong.py expand, btx.py mix "
+                           "--freeze-experts)", low=0)
     frozen_routes: bool = opt(True, "their router rows do not change either (false: the whole router learns)")
     n_shared: int = opt(0, "experts that every token visits, each as wide as a routed one", low=0)
     d_shared: int = opt(0, "hidden width of one shared expert, in place of n_shared of them (Qwen2)", low=0)
@@ -97,8 +97,9 @@ class FFNConfig:
     comm_loss: float = opt(0.0, "alpha_3 of deepseek: balance of tokens sent to each group", low=0.0)
     z_loss: float = opt(0.0, "coefficient of the router z-loss (ST-MoE: 0.001)", low=0.0)
     bias_rate: float = opt(0.001, "u of loss_free: step of the selection bias", low=0.0)
-    capacity_factor: float = opt(0.0, "slots per expert in training, times k n / E, for which the sequences of "
-                                 "a batch compete; later positions are dropped first (0: dropless)", low=0.0)
+    capacity_factor: float = opt(0.0, "slots per expert in training, times k n / E, for which the sequences "
+                                 "of a batch compete; later positions are dropped first (0: dropless)",
+                                 low=0.0)
     eval_capacity_factor: float = opt(0.0, "the same in evaluation (0: dropless)", low=0.0)
     dispatch: str = opt("auto", "how tokens travel to the experts; every choice gives the same numbers",
                         choices=["auto", "loop", "padded", "grouped", "fused"])
@@ -145,8 +146,8 @@ class FFNConfig:
 @dataclass
 class DataConfig:
     name: str | list[str] = opt("python", "corpus, or list of corpora (each is a domain), by name or path")
-    weights: list[float] = opt([], "share of each corpus in a batch (empty: equal); replay of old data: name = "
-                                   "[\"new\", \"old\"], weights = [0.9, 0.1]")
+    weights: list[float] = opt([], "share of each corpus in a batch (empty: equal); replay of old data: name "
+                                   "= [\"new\", \"old\"], weights = [0.9, 0.1]")
     tokenizer: str = opt("byte", "byte, char, bpe, gpt2, or the path of a tokenizer.json")
     vocab_size: int = opt(4096, "size of a bpe vocabulary", low=257)
     seed: int = opt(0, "seed of the order of batches; two runs of one data seed see the same batches", low=0)
@@ -185,23 +186,23 @@ class TrainConfig:
     device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=["auto", "cpu", "cuda", "mps"])
     compile: str = opt("auto", "torch.compile: auto is on for CUDA and off elsewhere",
                        choices=["auto", "on", "off"])
-    parallel: str = opt("ddp", "with several processes (torchrun): ddp, each has the whole model; fsdp, each has "
-                        "a share of parameters, gradients and optimizer state, for what outgrows one GPU",
+    parallel: str = opt("ddp", "with several processes (torchrun): ddp, each has the whole model; fsdp, each "
+                        "has a share of parameters, gradients and optimizer state, for what outgrows one GPU",
                         choices=["ddp", "fsdp"])
     init_from: str = opt("", "run folder whose weights, [model] and [ffn] this run starts from")
 
 
 @dataclass
 class LifelongConfig:
-    distill: float = opt(0.0, "weight of T^2 KL(p_old || p_new), mean over tokens: learning without forgetting "
-                              "(Lifelong-MoE: 1)", low=0.0)
+    distill: float = opt(0.0, "weight of T^2 KL(p_old || p_new), mean over tokens: learning without "
+                              "forgetting (Lifelong-MoE: 1)", low=0.0)
     distill_temperature: float = opt(1.0, "T, by which both models' logits are divided", low=1e-3)
     teacher: str = opt("", "run folder of the old model of distill (empty: the run that train.init_from was "
                            "expanded from, else train.init_from itself)")
     l2: float = opt(0.0, "weight of the squared distance to the old weights, those of the run that "
                          "train.init_from was expanded from, else of itself; new experts are free", low=0.0)
-    freeze: str | list[str] = opt([], "patterns of names of parameters that stay as they are, such as embedding* "
-                                      "or blocks.?.attention.*; * is any text, ? one letter")
-    lora_rank: int = opt(0, "rank r of low-rank adapters W + alpha/r B A on the linear layers of attention and "
-                            "dense feed-forward layers; nothing else learns (0: none)", low=0)
+    freeze: str | list[str] = opt([], "patterns of names of parameters that stay as they are, such as "
+                                      "embedding* or blocks.?.attention.*; * is any text, ? one letter")
+    lora_rank: int = opt(0, "rank r of low-rank adapters W + alpha/r B A on the linear layers of attention "
+                            "and dense feed-forward layers; nothing else learns (0: none)", low=0)
     lora_alpha: float = opt(16.0, "alpha, by which the adapters' part is scaled", low=0.0)

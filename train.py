@@ -54,7 +54,8 @@ def resolve_dtype(name, device):
 def wants_compile(config, device):
     """(whether to torch.compile, reason). Raises ConfigError where it is asked for and cannot be."""
     mode, f = config.train.compile, config.ffn
-    why_not = ("ffn.router base, whose rounds depend on the data" if f.kind == "moe" and f.router == "base" else
+    why_not = ("ffn.router base, whose rounds depend on the data"
+               if f.kind == "moe" and f.router == "base" else
                "fsdp, which frees parameters between blocks" if parallel.sharded(config) else "")
     if why_not and mode == "on":
         raise ConfigError(f"train.compile = \"on\" cannot be with {why_not}; use \"auto\" or \"off\"")
@@ -192,7 +193,8 @@ class Trainer:
     def header(self):
         """What a checkpoint says beside its tensors."""
         return dict(step=self.done, tokens=self.tokens, seconds=self.seconds, val_loss=self.best,
-                    config=self.config.to_dict(), tokenizer=self.tokenizer.to_dict(), ancestry=self.ancestry)
+                    data=self.batches.checksums, config=self.config.to_dict(),
+                    tokenizer=self.tokenizer.to_dict(), ancestry=self.ancestry)
 
     def save(self, out):
         """Writes everything that is needed to go on exactly."""
@@ -203,6 +205,7 @@ class Trainer:
 
     def restore(self, saved):
         """Takes up a Checkpoint where it stopped."""
+        ck.check_text(saved, self.batches.checksums, self.config)
         ck.load_weights(self.model, parallel.spread(saved.model, self.model), "the checkpoint")
         ck.load_optimizer(self.model, self.optimizer, parallel.spread(saved.optimizer, self.model))
         self.done, self.seconds = saved.header["step"], saved.header["seconds"]
@@ -343,7 +346,8 @@ def check_vocabulary(config, tokenizer, origin):
     fit."""
     if origin and origin.header["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(f"data.name = {show(config.data.name)} was prepared with another tokenizer "
-                          f"({tokenizer.name}) than the checkpoint was trained with; set data.tokenizer to that one")
+                          f"({tokenizer.name}) than the checkpoint was trained with; set data.tokenizer to "
+                          "that one")
     if config.model.vocab_size and config.model.vocab_size < tokenizer.vocab_size:
         config.fail("model.vocab_size", f"is less than the {tokenizer.vocab_size} tokens of the tokenizer")
     config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size

@@ -162,7 +162,7 @@ class Tokenizer:
         """Reads tokenizer.json. Raises DataError with file and remedy when it is missing or damaged."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
-        except (OSError, ValueError, RecursionError) as error:      # DataError and broken JSON are ValueErrors
+        except (OSError, ValueError, RecursionError) as error:     # DataError and broken JSON are ValueErrors
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{path}: cannot be used as a tokenizer: {reason}; "
                             "prepare the corpus again: python data/prepare.py NAME --force") from error

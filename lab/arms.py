@@ -172,7 +172,8 @@ def build_arm(spec, path, size, arm, draft):
     if "make" in draft.words:
         if draft.settings:
             raise ConfigError(f"{where}: is made by a command and takes no settings "
-                              f"({', '.join(draft.settings)}); train it in another arm with from = \"{arm.name}\"")
+                              f"({', '.join(draft.settings)}); train it in another arm with "
+                              f"from = \"{arm.name}\"")
         arm.make = fill(draft.words["make"], values, where)
         return arm
     arm.config, common = common_settings(spec, size, arm, draft, where)

@@ -96,8 +96,8 @@ def draw_experts(shape, spread, device):
 
 def paths_of(dtype, device):
     """{name: path(x, table, idx, gate)}, the best last. A model's tables are float32; on bfloat16 ones only
-    the kernels run, which sum in float32. The others add gradient to gradient in bfloat16: a relative error of
-    0.035 after 256 tokens of Zipf."""
+    the kernels run, which sum in float32. The others add gradient to gradient in bfloat16: a relative error
+    of 0.035 after 256 tokens of Zipf."""
     def readable(x, table, idx, gate):
         return experts_readable(x, table, idx, gate, "gelu")
 

@@ -2,8 +2,8 @@
 
 One pass over fixed validation batches of each corpus, in evaluation mode, with the run's last weights:
 losses, how evenly the experts are used over the whole pass (not over one batch), and which corpus goes to
-which expert. The corpora are read with the run's own tokenizer; by default they are those it was trained on. The
-row goes to FILE (default: RUN_DIR/evaluation.json).
+which expert. The corpora are read with the run's own tokenizer; by default they are those it was trained on.
+The row goes to FILE (default: RUN_DIR/evaluation.json).
 """
 import argparse
 import json

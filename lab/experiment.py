@@ -242,7 +242,7 @@ def main(argv=None):
     except ck.CheckpointError as e:
         fail(e)
         return 1
-    except BrokenPipeError:                             # the reader of --list, such as `head`, has what it wants
+    except BrokenPipeError:                             # the reader of --list, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0

@@ -118,5 +118,5 @@ def hardware(rows):
         return ", ".join(dict.fromkeys(str(row[column]) for row in rows if row.get(column)))
     minutes = sum(row.get("seconds") or 0 for row in rows) / 60
     return (f"Measured on {all_of('device')}, {all_of('threads')} threads a run, torch {all_of('torch')}, "
-            f"commit {all_of('commit')} (+: with changes); {len(rows)} runs took {minutes:.1f} minutes, added "
-            "up. ± is the standard error over the seeds.")
+            f"commit {all_of('commit')} (+: with changes); {len(rows)} runs took {minutes:.1f} minutes, "
+            "added up. ± is the standard error over the seeds.")

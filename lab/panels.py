@@ -88,19 +88,20 @@ def draw_lines(ax, panel, rows, curves, routing):
 
 def draw_bars(ax, panel, rows, curves, routing):
     """Bars from zero; where all values are close, marks on a zoomed axis: cut-off bars would mislead."""
-    y, names = panel["y"], arms_of(rows, panel["y"])
-    stats = [mean_and_error(numbers(rows, arm, y)) for arm in names]
-    mean, error = np.array(stats).reshape(-1, 2).T
-    at = np.arange(len(names))
+    columns = panel.get("columns", [])                  # several of one arm instead of one of several
+    shown = [(arm, c, label(panel, c if columns else arm))
+             for c in columns or [panel["y"]] for arm in arms_of(rows, c)]
+    mean, error = np.array([mean_and_error(numbers(rows, arm, c)) for arm, c, _ in shown]).reshape(-1, 2).T
+    at = np.arange(len(shown))
     if len(mean) and mean.min() > 0.5 * mean.max() > 0:
         ax.errorbar(mean, at, xerr=np.nan_to_num(error), fmt="o", color=PALETTE[0], capsize=4, markersize=9)
     else:
         ax.barh(at, mean, xerr=np.nan_to_num(error), color=PALETTE[0], capsize=4, height=0.6)
-    for place, arm in zip(at, names):
-        seeds = numbers(rows, arm, y)
+    for place, (arm, c, _) in zip(at, shown):
+        seeds = numbers(rows, arm, c)
         ax.plot(seeds, [place] * len(seeds), ".", color="k", alpha=0.35)
-    ax.set_yticks(at, [label(panel, arm) for arm in names])
-    ax.set(xlabel=axis_label(y), ylim=(len(names) - 0.4, -0.6))
+    ax.set_yticks(at, [name for *_, name in shown])
+    ax.set(xlabel=axis_label(panel["y"]), ylim=(len(shown) - 0.4, -0.6))
     ax.margins(x=0.08)
     scale(ax, "x", panel.get("xscale", "linear"))
 

@@ -1,7 +1,8 @@
 """Measurements that one experiment needs and the others do not, named in its file: probes = ["repeats"].
 
-A probe is called as probe(model, batches, config, device, dtype) after the run's evaluation, with the model in
-evaluation mode and batches a list of (x (B, T), y, domain (B,), bytes, corpus); it returns {column: number}.
+A probe is called as probe(model, batches, config, device, dtype) after the run's evaluation, with the model
+in evaluation mode and batches a list of (x (B, T), y, domain (B,), bytes, corpus); it returns
+{column: number}.
 """
 import operator
 from itertools import islice
@@ -174,12 +175,12 @@ QUESTIONS = 200             # of math_right: a share of 10 % is then known to 2 
 
 @torch.no_grad()
 def math_right(model, batches, config, device, dtype):
-    """The share of new word problems and sums (data/arithmetic.py) whose final number is right, by greedy decoding: a
-    small relative of GSM8K, BTX's measure of mathematics (2403.07816, table 1).
+    """The share of new word problems and sums (data/arithmetic.py) whose final number is right, by greedy
+    decoding: a small relative of GSM8K, BTX's measure of mathematics (2403.07816, table 1).
 
-    Before every question stand the same worked problems, as many as fill the block up to the room for the answer: all
-    prompts are of one length, and text as in training. Problems that are too long for that are left out, so only
-    models of one block_size can be compared.
+    Before every question stand the same worked problems, as many as fill the block up to the room for the
+    answer: all prompts are of one length, and text as in training. Problems that are too long for that are
+    left out, so only models of one block_size can be compared.
     """
     d, T = config.data, config.model.block_size
     _, tokenizer = find_or_prepare(["math"], d.tokenizer, d.vocab_size, d.dir or None, quiet=True)
@@ -192,7 +193,7 @@ def math_right(model, batches, config, device, dtype):
     if not asked:
         return {}
     before = tokenizer.encode("".join(as_text(*problem) for problem in islice(problems(3, "val"), T // 8)))
-    ids = torch.tensor([(before + question)[new - T:] for question in asked], device=device)       # (n, T - new)
+    ids = torch.tensor([(before + question)[new - T:] for question in asked], device=device)    # (n, T - new)
     with precision(device, dtype):
         written = [step.ids for step in generate(model, ids, new, temperature=0)]
     found = [final_answer(tokenizer.decode(row)) for row in torch.stack(written, 1).tolist()]

@@ -1,5 +1,5 @@
-"""What torchrun runs for test_parallel.py: gradients through global statistics, then training runs one after the
-other, in one group of processes. `torchrun ... tests/parallel_job.py FOLDER`, which holds jobs.json."""
+"""What torchrun runs for test_parallel.py: gradients through global statistics, then training runs one after
+the other, in one group of processes. `torchrun ... tests/parallel_job.py FOLDER`, which holds jobs.json."""
 import contextlib
 import io
 import json
@@ -19,11 +19,13 @@ E, K, N, WIDTH = 4, 2, 24, 6            # experts, choices, tokens of the whole 
 
 
 def objective(part, world):
-    """Gradients of a loss of each statistic, for one part of a batch of N tokens: dict of tensors. The loss is a
-    mean over tokens, as in training, and its gradients are divided by `world`, as averaging them would."""
+    """Gradients of a loss of each statistic, for one part of a batch of N tokens: dict of tensors. The loss
+    is a mean over tokens, as in training, and its gradients are divided by `world`, as averaging them
+    would."""
     generator = torch.Generator().manual_seed(0)
-    logits, x, target = (torch.randn(N, width, generator=generator).chunk(world)[part].clone().requires_grad_()
-                         for width in (E, WIDTH, WIDTH))
+    logits, x, target = (
+        torch.randn(N, width, generator=generator).chunk(world)[part].clone().requires_grad_()
+        for width in (E, WIDTH, WIDTH))
     found = {}
     for loss in (switch_loss, importance_loss, btx_loss):
         probs = logits.softmax(-1)

@@ -33,7 +33,8 @@ def test_every_field_has_a_meaning_and_a_default_within_its_own_bounds():
 
 
 def test_help_lists_every_field_with_its_default():
-    text = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True).stdout
+    text = subprocess.run([sys.executable, ROOT / "train.py", "--help"],
+                          capture_output=True, text=True).stdout
     flat = " ".join(text.split())
     for key, spec in c.all_fields():
         assert f"--{key} " in flat
@@ -67,13 +68,16 @@ def test_a_bad_value_is_named_with_its_remedy(key, value, wanted):
 
 
 def test_a_bad_file_is_named(tmp_path):
-    assert "bad.toml: ffn.top_k = 3 is more than" in message(text="[ffn]\nn_expert = 2\ntop_k = 3", tmp_path=tmp_path)
+    assert "bad.toml: ffn.top_k = 3 is more than" in message(
+        text="[ffn]\nn_expert = 2\ntop_k = 3", tmp_path=tmp_path)
     assert "bad.toml: not valid TOML" in message(text="[ffn\n", tmp_path=tmp_path)
     assert "bad.toml: [optimizer] is no section" in message(text="[optimizer]\nlr = 1", tmp_path=tmp_path)
     assert "bad.toml: unknown setting model.n_layers (did you mean model.n_layer?)" in message(
         text="[model]\nn_layers = 3", tmp_path=tmp_path)
-    assert "model.n_layer = 3.5 is not a whole number" in message(text="[model]\nn_layer = 3.5", tmp_path=tmp_path)
-    assert "model.n_layer = true is not a whole number" in message(text="[model]\nn_layer = true", tmp_path=tmp_path)
+    assert "model.n_layer = 3.5 is not a whole number" in message(
+        text="[model]\nn_layer = 3.5", tmp_path=tmp_path)
+    assert "model.n_layer = true is not a whole number" in message(
+        text="[model]\nn_layer = true", tmp_path=tmp_path)
     with pytest.raises(ConfigError, match=r"did you mean .*quick\.toml"):
         load_config(ROOT / "configs" / "quik.toml")
 
@@ -85,13 +89,14 @@ def test_widths_given_twice_and_gates_that_cannot_learn_are_refused():
     load_config(None, [("ffn.top_k", "1"), ("ffn.gate_order", "softmax_then_topk")])
 
 
-@pytest.mark.parametrize("argv", [["--model.n_layer=0"], ["--modle.n_layer", "2"], ["--resume", "--overwrite"],
-                                  ["no_such.toml"], ["--ffn.top_k", "99"]])
+@pytest.mark.parametrize("argv", [["--model.n_layer=0"], ["--modle.n_layer", "2"],
+                                  ["--resume", "--overwrite"], ["no_such.toml"], ["--ffn.top_k", "99"]])
 def test_the_program_ends_with_status_2_and_one_line(argv, tmp_path):
     done = subprocess.run([sys.executable, ROOT / "train.py", *argv, "--out", tmp_path / "run"],
                           capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_overrides_win_over_the_file_and_come_in_both_spellings(tmp_path):
@@ -110,7 +115,8 @@ def parser():
 
 
 def test_a_config_survives_toml_and_dict():
-    config = load_config(None, [("data.name", 'a "quoted" path/ü.txt'), ("ffn.kind", "peer"), ("train.lr", "1e-4")])
+    config = load_config(None, [("data.name", 'a "quoted" path/ü.txt'), ("ffn.kind", "peer"),
+                                ("train.lr", "1e-4")])
     import tomllib
     for again in (Config.from_dict(tomllib.loads(config.to_toml())), Config.from_dict(config.to_dict())):
         assert again == config
@@ -119,7 +125,8 @@ def test_a_config_survives_toml_and_dict():
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_what_validation_refuses_is_refused_by_key_and_what_it_accepts_is_resolved(data):
-    """Random values for random keys: either a config whose derived values are filled in, or one line naming a key."""
+    """Random values for random keys: either a config whose derived values are filled in, or one line naming a
+    key."""
     keys = dict(c.all_fields())
     chosen = data.draw(st.lists(st.sampled_from(sorted(keys)), max_size=5, unique=True))
     overrides = [(key, c.show(data.draw(value_of(keys[key]))).strip('"')) for key in chosen]
@@ -137,7 +144,8 @@ def value_of(spec):
     if meta["choices"]:
         return st.sampled_from(meta["choices"])
     return {int: st.integers(-1, 12), float: st.floats(-1, 2), bool: st.booleans(),
-            list[int]: st.lists(st.integers(-1, 5), max_size=3), list[float]: st.lists(st.floats(0, 2), max_size=3)
+            list[int]: st.lists(st.integers(-1, 5), max_size=3),
+            list[float]: st.lists(st.floats(0, 2), max_size=3)
             }.get(kind, st.sampled_from(["python", "docs", "byte"]))
 
 

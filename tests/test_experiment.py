@@ -1,4 +1,5 @@
-"""Experiments: what a file stands for, runs that fail, stop and go on, verdicts against numbers computed by hand."""
+"""Experiments: what a file stands for, runs that fail, stop and go on, verdicts against numbers computed
+by hand."""
 import csv
 import json
 import math
@@ -107,17 +108,20 @@ def rows_of(folder):
 def test_a_failed_arm_takes_only_its_children_down(here, capsys):
     main("fast.toml", "--jobs", 2, status=1)
     text = capsys.readouterr().err
-    assert "bad-0: failed: is broken here (runs/fast/cpu/bad-0/errors.txt)" in text and "child-2: skipped" in text
+    assert "bad-0: failed: is broken here (runs/fast/cpu/bad-0/errors.txt)" in text
+    assert "child-2: skipped" in text
     rows = rows_of(here / "results/fast/cpu")
     assert sorted(rows) == sorted((f"fast-{n}", seed) for n in (1, 2) for seed in range(3))
     assert rows["fast-2", 1] | dict(val_loss=2.1, gap=2.1, n=2, size="cpu") == rows["fast-2", 1]
     verdict = (here / "results/fast/cpu/verdict.md").read_text()
-    assert "bad-1: failed" in verdict and "| C3 | a child is worse | **undecided (child has no val_loss)**" in verdict
+    assert "bad-1: failed" in verdict
+    assert "| C3 | a child is worse | **undecided (child has no val_loss)**" in verdict
 
     (here / "mended").write_text("")
     before = ran(here)
     main("fast.toml", "--jobs", 2)
-    assert sorted(ran(here)[len(before):]) == sorted(f"{arm}-{seed}" for arm in ("bad", "child") for seed in range(3))
+    assert sorted(ran(here)[len(before):]) == sorted(
+        f"{arm}-{seed}" for arm in ("bad", "child") for seed in range(3))
     assert "6 of 12 runs are done already" in capsys.readouterr().err
     verdict = (here / "results/fast/cpu/verdict.md").read_text()
     for line in ("## C1: **held**", "## C2: **did not hold**", "## C3: **held**, reported only",
@@ -156,19 +160,21 @@ def test_rows_stay_while_their_settings_do(here):
     path = here / "fast.toml"
     path.write_text(path.read_text().replace("{out} 4", "{out} 5"))
     main("fast.toml", "--seeds", 1, "--only", "fast-1")
-    assert ("child", 0) not in rows_of(here / "results/fast/cpu") and len(rows_of(here / "results/fast/cpu")) == 3
+    assert ("child", 0) not in rows_of(here / "results/fast/cpu")
+    assert len(rows_of(here / "results/fast/cpu")) == 3
 
 
 def test_killed_without_warning_goes_on(here):
     path = here / "fast.toml"
     path.write_text(path.read_text().replace("{n}.{seed}", "{n}.{seed} slow"))
     (here / "mended").write_text("")
-    process = subprocess.Popen([sys.executable, "-m", "lab.experiment", "fast.toml", "--jobs", "1", "--seeds", "1"],
+    process = subprocess.Popen([sys.executable, "-m", "lab.experiment", "fast.toml", "--jobs", "1",
+                                "--seeds", "1"],
                                stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert happens(lambda: (here / "results/fast/cpu/runs.csv").exists())
     process.kill()
     process.wait()
-    time.sleep(1)                                                           # what it had started ends by itself
+    time.sleep(1)                                                   # what it had started ends by itself
     done = list(rows_of(here / "results/fast/cpu"))
     main("fast.toml", "--jobs", 2, "--seeds", 1)
     assert len(rows_of(here / "results/fast/cpu")) == 4
@@ -195,7 +201,8 @@ def test_list_and_replot_run_nothing(here, capsys):
     (folder / "figure.png").unlink()
     os.rename(here / "runs", here / "gone")
     main("fast.toml", "--replot")
-    assert "| fast-1 | 1 | 1.5000 |" in (folder / "verdict.md").read_text() and (folder / "figure.png").exists()
+    assert "| fast-1 | 1 | 1.5000 |" in (folder / "verdict.md").read_text()
+    assert (folder / "figure.png").exists()
 
 
 # --- training ---
@@ -251,7 +258,8 @@ def test_stopped_training_goes_on_to_the_same_result(corpora, capsys):
     for name in ("val_loss", "val_loss_one", "val_loss_two", "max_expert_share", "unevenness", "train_loss"):
         assert rows["first", 0][name] == pytest.approx(row[name], rel=1e-6), name
     with open(corpora / "whole/log.csv") as file:
-        assert row["val_loss_one"] == pytest.approx(float(list(csv.DictReader(file))[-1]["val_loss"]), rel=1e-6)
+        assert row["val_loss_one"] == pytest.approx(float(list(csv.DictReader(file))[-1]["val_loss"]),
+                                                    rel=1e-6)
     assert row["val_loss"] == pytest.approx((row["val_loss_one"] + row["val_loss_two"]) / 2)
     assert train.main(executable(second.arguments())[2:]) == 0
     after = evaluate(second.folder, ["one", "two"])
@@ -261,13 +269,14 @@ def test_stopped_training_goes_on_to_the_same_result(corpora, capsys):
     points = [row for row in read_table(corpora / "results/real/cpu/curves.csv") if row["arm"] == "first"]
     assert 50 <= len(points) <= 100 and points[-1]["step"] == 150 and "val_loss" in points[0]
     path = read_table(corpora / "results/real/cpu/routing.csv")
-    assert sum(row["share"] for row in path if row["arm"] == "first" and row["corpus"] == "two") == pytest.approx(1)
+    assert sum(row["share"] for row in path
+               if row["arm"] == "first" and row["corpus"] == "two") == pytest.approx(1)
 
     arm = Experiment("real.toml", "cpu").arms[0]
     assert jobs.is_done(arm, jobs.read_record(arm))
     text = (corpora / "real.toml").read_text()
     (corpora / "real.toml").write_text(text.replace('evaluate = ["one", "two"]', 'evaluate = ["two"]'))
-    arm = Experiment("real.toml", "cpu").arms[0]                            # other corpora: trained, not evaluated
+    arm = Experiment("real.toml", "cpu").arms[0]                    # other corpora: trained, not evaluated
     assert jobs.is_trained(arm, jobs.read_record(arm)) and not jobs.is_done(arm, jobs.read_record(arm))
 
 
@@ -275,7 +284,8 @@ def test_two_runners_do_not_share_a_folder(here, capsys):
     from checkpoint import Lock
     with Lock(here / "runs/fast/cpu"):
         main("fast.toml", status=1)
-    assert "another process is using" in capsys.readouterr().err and not (here / "runs/fast/cpu/ran.txt").exists()
+    assert "another process is using" in capsys.readouterr().err
+    assert not (here / "runs/fast/cpu/ran.txt").exists()
 
 
 # --- what a file stands for ---
@@ -316,14 +326,16 @@ def test_grid_settings_and_seeds(here):
     arm = arms["moe-8-b-1"]
     assert arm.columns == {"n_expert": 8, "word": "b", "family": "moe"} and arm.steps == 6
     assert arm.folder == Path("runs/x/cpu/moe-8-b-1") and arm.config == "configs/dense.toml"
-    wanted = {"train.max_steps": "6", "model.n_embd": "32", "ffn.n_expert": "8", "data.name": "/corpus/b", "train.seed": "1",
-              "data.seed": "1", "train.lr": "0.001", "train.keep": "last"}
+    wanted = {"train.max_steps": "6", "model.n_embd": "32", "ffn.n_expert": "8", "data.name": "/corpus/b",
+              "train.seed": "1", "data.seed": "1", "train.lr": "0.001", "train.keep": "last"}
     assert wanted.items() <= arm.settings.items() and "word" not in str(arm.settings)
     assert arms["foreign-1"].settings["train.seed"] == "11" and arms["foreign-1"].steps == 5
-    assert arms["foreign-1"].columns == {"n_expert": 2} and not arms["late-1"].columns      # in grids of others
+    assert arms["foreign-1"].columns == {"n_expert": 2} and not arms["late-1"].columns  # in grids of others
     late = arms["late-1"]
-    assert late.settings["train.init_from"] == "runs/x/cpu/moe-4-a-1" and late.config == "configs/continue.toml"
-    assert not any(key.startswith("model.") for key in late.settings) and late.settings["ffn.balance_loss"] == "0.1"
+    assert late.settings["train.init_from"] == "runs/x/cpu/moe-4-a-1"
+    assert late.config == "configs/continue.toml"
+    assert not any(key.startswith("model.") for key in late.settings)
+    assert late.settings["ffn.balance_loss"] == "0.1"
     dense = load_config(ROOT / "configs/dense.toml")                        # its [train] goes on as before
     assert late.settings["train.batch_size"] == str(dense.train.batch_size)
     assert [arm.name for arm in arms_of(GRID, here, "gpu", [0])] == ["moe-64-a", "foreign"]
@@ -337,7 +349,8 @@ def test_keys_change_with_what_is_learned_and_with_nothing_else(here):
 
     whole = keys()
     assert len(set(whole.values())) == len(whole)
-    changed = keys("grid = { ffn.n_expert = [4, 8]", "ffn.top_k = 1\nffn.router = \"switch\"\ngrid = { ffn.n_expert = [4, 8]")
+    changed = keys("grid = { ffn.n_expert = [4, 8]",
+                   "ffn.top_k = 1\nffn.router = \"switch\"\ngrid = { ffn.n_expert = [4, 8]")
     assert {label for label in whole if whole[label] == changed[label]} == {"foreign-0", "foreign-1"}
     assert keys('family = "moe"', 'family = "other"') == whole
     assert keys("train.max_steps = 7", "train.max_steps = 7\ndata.dir = \"elsewhere\"") == whole
@@ -348,11 +361,15 @@ def test_keys_change_with_what_is_learned_and_with_nothing_else(here):
     ("seeds = 3", "seeds = \"3\"", ["seeds = \"3\" is not a whole number"]),
     ("[arms.bad]", "[arms.bad]\nmakes = \"x\"", ["[arms.bad]", "did you mean make?"]),
     ("[arms.bad]", "[arms.bad]\nffn.n_expert = 4", ["arm bad", "takes no settings (ffn.n_expert)"]),
-    ("[arms.child]", "[arms.other]\nffn.n_exprt = 4\n[arms.child]", ["arm other", "ffn.n_exprt", "did you mean ffn.n_expert?"]),
+    ("[arms.child]", "[arms.other]\nffn.n_exprt = 4\n[arms.child]",
+     ["arm other", "ffn.n_exprt", "did you mean ffn.n_expert?"]),
     ("[arms.child]", "[arms.other]\nffn.top_k = 99\n[arms.child]", ["arm other", "ffn.top_k = 99"]),
-    ("[arms.child]", "[arms.other]\nconfig = \"configs/quik.toml\"\n[arms.child]", ["no config file", "configs/quick.toml"]),
-    ("[arms.child]", "[arms.other]\nfrom = \"bad\"\nmodel.n_layer = 3\n[arms.child]", ["model.n_layer comes from bad"]),
-    ("from = \"fast-1\"", "from = \"fast-3\"", ["bad comes from fast-3, which does not exist", "did you mean fast-"]),
+    ("[arms.child]", "[arms.other]\nconfig = \"configs/quik.toml\"\n[arms.child]",
+     ["no config file", "configs/quick.toml"]),
+    ("[arms.child]", "[arms.other]\nfrom = \"bad\"\nmodel.n_layer = 3\n[arms.child]",
+     ["model.n_layer comes from bad"]),
+    ("from = \"fast-1\"", "from = \"fast-3\"",
+     ["bad comes from fast-3, which does not exist", "did you mean fast-"]),
     ("from = \"fast-1\"", "from = \"child\"", ["the arms bad, child come from one another in a circle"]),
     ("[arms.\"fast-{n}\"]", "[arms.\"fast-{m}\"]", ["has no m to fill in"]),
     ("[arms.\"fast-{n}\"]", "[arms.fast]", ["two arms are called fast"]),
@@ -362,11 +379,13 @@ def test_keys_change_with_what_is_learned_and_with_nothing_else(here):
     ("val_loss: fast-1 < fast-2", "__import__('os').remove('x') < 1", ["[claims.C1]", "neither column[arm]"]),
     ("val_loss: fast-1 < fast-2", "val_loss[fast-1] < = 2", ["no inequality"]),
     ("reason_test = \"val_loss[fast-2] > 1\"", "", ["a reason needs a reason_test"]),
-    ("source = \"nowhere\"\ntest = \"val_loss[child] > 3\"", "test = \"val_loss[child] > 3\"", ["[claims.C3]: source is missing"]),
+    ("source = \"nowhere\"\ntest = \"val_loss[child] > 3\"", "test = \"val_loss[child] > 3\"",
+     ["[claims.C3]: source is missing"]),
     ("kind = \"bars\"", "kind = \"bras\"", ["[[panel]] 1", "did you mean bars?"]),
     ("kind = \"bars\"", "kind = \"scatter\"", ["scatter needs x"]),
     ("y = \"val_loss\"", "y = \"val_loss\"\narms = [\"fats-*\"]", ["there is no arm fats-*"]),
-    ("gap = \"val_loss_one[fast-{n}]", "gap = \"val_loss_one[fats-{n}]", ["gap of fast-1: there is no arm fats-1"]),
+    ("gap = \"val_loss_one[fast-{n}]", "gap = \"val_loss_one[fats-{n}]",
+     ["gap of fast-1: there is no arm fats-1"]),
     ("[claims.C1]", "[claims.C1", ["not valid TOML"]),
 ])
 def test_a_malformed_file_is_one_clear_line(old, new, words, here, capsys):
@@ -382,8 +401,10 @@ def test_a_malformed_file_is_one_clear_line(old, new, words, here, capsys):
 
 
 def test_options_that_make_no_sense(here, capsys):
-    for words, text in ((["fats.toml"], "did you mean fast.toml?"), (["fast.toml", "--seeds", 0], "at least 1"),
-                        (["fast.toml", "--only", "chidl"], "did you mean child?"), (["fast.toml", "--jbos", 1], "--jobs")):
+    for words, text in ((["fats.toml"], "did you mean fast.toml?"),
+                        (["fast.toml", "--seeds", 0], "at least 1"),
+                        (["fast.toml", "--only", "chidl"], "did you mean child?"),
+                        (["fast.toml", "--jbos", 1], "--jobs")):
         main(*words, status=2)
         assert text in capsys.readouterr().err
 
@@ -417,7 +438,8 @@ def test_verdict_by_hand():
     assert judge("val_loss[a] < val_loss[b]", table(a=[1.0, 1.0, 1.0, 0.0], b=[1.1, 1.3, 1.2]))[0][0].n == 3
     assert judge("val_loss[a] == val_loss[b]", table(a=[1, 2, 3], b=[1.1, 1.9, 3.05]))[1] == HELD
     assert judge("val_loss[a] < val_loss[b]", table(a=[1, 2, 3], b=[1.1, 1.9, 3.05]))[1] == "undecided"
-    assert judge("val_loss[a] < val_loss[b]", table(a=[1, 1, 1], b=[1.01, 1.01, 9]))[1] == "undecided"  # one seed's doing
+    # one seed's doing
+    assert judge("val_loss[a] < val_loss[b]", table(a=[1, 1, 1], b=[1.01, 1.01, 9]))[1] == "undecided"
 
 
 def test_chains_lists_and_arithmetic():
@@ -425,15 +447,18 @@ def test_chains_lists_and_arithmetic():
     pairs, verdict = judge("val_loss: x-1 < x-2 < x-3", t)
     assert [pair.verdict for pair in pairs] == [HELD, NOT] and verdict == NOT
     assert judge(["val_loss: x-1 < x-2", "val_loss: x-3 < x-2"], t)[1] == HELD
-    assert judge("max(val_loss[x-*]) - min(val_loss[x-*]) > 0.9", t)[0][0].mean == pytest.approx((0.1 + 0.6 + 0.1) / 3)
-    assert judge("mean(val_loss[x-1], val_loss[x-2]) == val_loss[x-3]", t)[0][0].mean == pytest.approx(0.25 / 3)
+    assert judge("max(val_loss[x-*]) - min(val_loss[x-*]) > 0.9", t)[0][0].mean == pytest.approx(
+        (0.1 + 0.6 + 0.1) / 3)
+    assert judge("mean(val_loss[x-1], val_loss[x-2]) == val_loss[x-3]", t)[0][0].mean == pytest.approx(
+        0.25 / 3)
     assert judge("-2 * abs(val_loss[x-1] - val_loss[x-2]) / 4 < log(2.0)", t)[1] == HELD
     assert judge("val_loss[nobody] < 1", t)[1] == "undecided (nobody has no val_loss)"
     assert "did you mean val_loss" in judge("val_los[x-1] < 1", t)[1]
 
 
 def test_reach_is_interpolated_between_evaluations():
-    rows = [dict(arm="slow", seed=s, val_loss=2.0) for s in range(3)] + [dict(arm="fast", seed=s, val_loss=1.5) for s in range(3)]
+    rows = [dict(arm="slow", seed=s, val_loss=2.0) for s in range(3)] + [
+        dict(arm="fast", seed=s, val_loss=1.5) for s in range(3)]
     curves = [dict(arm="fast", seed=s, step=step, val_loss=loss) for s in range(3)
               for step, loss in ((0, 5.0), (100, 2.5), (150, None), (200, 1.5), (400, 1.0))]
     t = Table(rows, curves)
@@ -463,18 +488,23 @@ def test_claims_about_a_fit():
     """gamma spreads over 0.4 to 0.6, alpha over -0.1 to 0.3; the runs say nothing about c."""
     spread = np.linspace(-1, 1, 201)[:, None]
     law = Krajewski(18.0, 0.1, 30.0, 0.15, 2.1, 0.5, 0.47)
-    bootstrap = Krajewski(*(np.full((201, 1), v) for v in law))._replace(gamma=0.5 + 0.1 * spread, alpha=0.1 + 0.2 * spread)
-    fit = SimpleNamespace(law=law, bootstrap=bootstrap, identified=dict.fromkeys(law._fields, True) | {"c": False},
+    bootstrap = Krajewski(*(np.full((201, 1), v) for v in law))._replace(
+        gamma=0.5 + 0.1 * spread, alpha=0.1 + 0.2 * spread)
+    fit = SimpleNamespace(law=law, bootstrap=bootstrap,
+                          identified=dict.fromkeys(law._fields, True) | {"c": False},
                           rmse=0.01, held_out=0.02, held_out_without=0.05)
-    for test, verdict in (("gamma > 0", HELD), ("gamma < 0.3", NOT), ("gamma > 0.5", "undecided"), ("alpha > 0", "undecided"),
-                          ("gamma - 0.3 > 0", HELD), ("held_out < 0.03", HELD), ("held_out < 0.3 * held_out_without", NOT),
+    for test, verdict in (("gamma > 0", HELD), ("gamma < 0.3", NOT), ("gamma > 0.5", "undecided"),
+                          ("alpha > 0", "undecided"), ("gamma - 0.3 > 0", HELD), ("held_out < 0.03", HELD),
+                          ("held_out < 0.3 * held_out_without", NOT),
                           ("c > 0", "undecided (these runs do not identify c)")):
         assert judge_test(test, "krajewski", fit)[2] == verdict, test
     low, high, _ = judge_test("gamma > 0", "krajewski", fit)
     assert (low, high) == pytest.approx((0.405, 0.595))
-    for test, text in (("gama > 0", "did you mean gamma?"), ("gamma", "no inequality"), ("gamma > f(1)", "unknown f")):
+    for test, text in (("gama > 0", "did you mean gamma?"), ("gamma", "no inequality"),
+                       ("gamma > f(1)", "unknown f")):
         with pytest.raises(ConfigError, match=re.escape(text)):
-            read_claims({"claims": {"K": dict(says="x", source="y", test=test, fit="krajewski")}}, set(), "x.toml")
+            read_claims({"claims": {"K": dict(says="x", source="y", test=test, fit="krajewski")}}, set(),
+                        "x.toml")
 
 
 # --- measuring and drawing ---
@@ -482,7 +512,8 @@ def test_claims_about_a_fit():
 def test_use_of_experts_and_routing_by_hand():
     loads = {1: {"one": torch.tensor([6.0, 2.0, 0.0]), "two": torch.tensor([2.0, 6.0, 0.0])}}
     row = use_of_experts(loads)
-    assert (row["max_expert_share"], row["min_expert_share"]) == (0.5, 0) and row["experts_used"] == pytest.approx(2 / 3)
+    assert (row["max_expert_share"], row["min_expert_share"]) == (0.5, 0)
+    assert row["experts_used"] == pytest.approx(2 / 3)
     assert row["unevenness"] == pytest.approx(math.log(3) - math.log(2))
     row = routing(loads, ["one", "two"])
     assert row["diagonal"] == pytest.approx(0.5) and row["routing"][0] == [1, "one", [0.75, 0.25, 0.0]]
@@ -496,18 +527,25 @@ def test_curves_are_thinned_but_keep_evaluations(tmp_path):
     (tmp_path / "log.csv").write_text("\n".join(lines) + "\n77,cut off")
     rows = thin(tmp_path / "log.csv")
     assert len(rows) == 51 and rows[-1]["step"] == 1000 and rows[-1]["tokens"] == 10000
-    assert [(row["step"], row["val_loss"]) for row in rows if row["val_loss"] is not None] == [(0, 0), (333, 333), (1000, 1000)]
+    assert [(row["step"], row["val_loss"]) for row in rows if row["val_loss"] is not None] == [
+        (0, 0), (333, 333), (1000, 1000)]
     assert rows[20]["loss"] == pytest.approx(1000 - rows[20]["step"])           # a mean, without a lag
 
 
 def test_every_kind_of_panel_draws():
-    rows = [dict(arm=f"m-{n}", seed=s, n=n, kind="even" if n % 2 == 0 else "odd", val_loss=2 - 0.1 * n + 0.01 * s, gap=n,
-                 val_loss_one=1.0, val_loss_two=n, flops_per_token=100) for n in (1, 2, 3, 4) for s in range(3)]
-    curves = [dict(arm="m-1", seed=s, step=step, tokens=10 * step, loss=3 / step) for s in range(3) for step in (1, 2, 3)]
-    routes = [dict(arm="m-1", seed=0, layer=1, corpus=c, expert=e, share=0.5) for c in ("one", "two") for e in (0, 1)]
-    panels = [dict(kind="lines", x="n", y="val_loss", by="kind", xscale="log2", arms=["m-*"], reference=["m-4"]),
+    rows = [dict(arm=f"m-{n}", seed=s, n=n, kind="even" if n % 2 == 0 else "odd",
+                 val_loss=2 - 0.1 * n + 0.01 * s, gap=n, val_loss_one=1.0, val_loss_two=n,
+                 flops_per_token=100)
+            for n in (1, 2, 3, 4) for s in range(3)]
+    curves = [dict(arm="m-1", seed=s, step=step, tokens=10 * step, loss=3 / step)
+              for s in range(3) for step in (1, 2, 3)]
+    routes = [dict(arm="m-1", seed=0, layer=1, corpus=c, expert=e, share=0.5)
+              for c in ("one", "two") for e in (0, 1)]
+    panels = [dict(kind="lines", x="n", y="val_loss", by="kind", xscale="log2", arms=["m-*"],
+                   reference=["m-4"]),
               dict(kind="bars", y="val_loss"), dict(kind="bars", y="gap", labels={"m-1": "one"}),
-              dict(kind="curves", x="flops", y="loss"), dict(kind="matrix", columns=["val_loss_one", "val_loss_two"]),
+              dict(kind="curves", x="flops", y="loss"),
+              dict(kind="matrix", columns=["val_loss_one", "val_loss_two"]),
               dict(kind="routing", arm="m-1"), dict(kind="scatter", x="gap", y="val_loss", ylabel="mine")]
     figure = experiment_figure(panels, "title", "a caption " * 40, rows, curves, routes)
     lines, close, far, curve, matrix, routed, scatter, *_ = figure.axes

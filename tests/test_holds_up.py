@@ -150,7 +150,8 @@ def test_folders_that_cannot_be_written_are_one_line_and_what_only_reads_works(h
         assert call(sample.main, disk / "run", "--tokens", 3).status == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
+                    reason="only root can become another user")
 def test_another_users_folder_is_one_line(home, tmp_path):
     """As user nobody, who reads but does not write."""
     code = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import checkpoint as ck; os.setuid(65534)\n"
@@ -184,6 +185,17 @@ def test_settings_changed_in_the_folder_are_applied_or_refused_by_name(home, tmp
         assert f"\n{key} = {old}" in good
         path.write_text(good.replace(f"\n{key} = {old}", f"\n{key} = {new}"))
         refused(call(train.main, *resume), "config.toml", f"{key} = {new}", f"with {old}", "start a new run")
+
+
+def test_a_run_does_not_go_on_with_another_text(home, tmp_path):
+    text, resume = tmp_path / "own.txt", [
+        "--out", tmp_path / "run", "--resume", "--quiet", "--train.max_steps"]
+    text.write_text("one text of many words " * 100)
+    settings = {"data.name": text, "data.dir": tmp_path / "prepared"}
+    assert home.train(tmp_path / "run", settings).status == 0
+    assert call(train.main, *resume, 3).status == 0
+    text.write_text("another text of many words " * 100)
+    refused(call(train.main, *resume, 4), "data.name", "other text", "train.init_from")
 
 
 def test_checkpoints_of_other_code_say_what_differs(home, tmp_path):

@@ -1,4 +1,5 @@
-"""parallel.py: two processes train what one trains, by ddp and by fsdp; one checkpoint for any number of them."""
+"""parallel.py: two processes train what one trains, by ddp and by fsdp; one checkpoint for any number
+of them."""
 import json
 import os
 import shutil
@@ -48,21 +49,23 @@ def arguments(folder, out, *more, **settings):
     """The command line of a tiny run."""
     keys = TINY | {"data.name": "two", "data.dir": folder / "prepared", "train.batch_size": 8,
                    "train.eval_batches": 4} | settings
-    return [str(folder / "tiny.toml"), "--out", str(folder / out), *more, *(f"--{k}={v}" for k, v in keys.items())]
+    return [str(folder / "tiny.toml"), "--out", str(folder / out), *more,
+            *(f"--{k}={v}" for k, v in keys.items())]
 
 
 def torchrun(*command):
     """A torchrun of two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.Popen([*launcher, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=dict(os.environ, OMP_NUM_THREADS="1"))
+    return subprocess.Popen([*launcher, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two prepared corpora, and half a run of one process, twice."""
     folder = tmp_path_factory.mktemp("parallel")
-    for name, line, n in (("one", "def f(x): return x + 1\n", 120), ("two", "all happy families are alike. ", 110)):
+    for name, line, n in (("one", "def f(x): return x + 1\n", 120),
+                          ("two", "all happy families are alike. ", 110)):
         (folder / f"{name}.txt").write_text(line * n)
         prepare([str(folder / f"{name}.txt")], out=folder / "prepared", quiet=True)
     (folder / "tiny.toml").write_text("")
@@ -125,7 +128,7 @@ def test_gradients_of_global_statistics_are_those_of_one_process(folder, results
     parts, alone = [torch.load(folder / f"gradients{r}.pt") for r in (0, 1)], objective(0, 1)
     for name in ("switch_loss", "importance_loss", "btx_loss", "x"):        # by token
         torch.testing.assert_close(torch.cat([p[name] for p in parts]), alone[name], rtol=1e-4, atol=1e-7)
-    for name in ("weight", "bias"):                                         # parameters: averaged over processes
+    for name in ("weight", "bias"):                                 # parameters: averaged over processes
         torch.testing.assert_close(parts[0][name] + parts[1][name], alone[name], rtol=1e-4, atol=1e-6)
     for name in ("mean", "var"):
         torch.testing.assert_close(parts[0][name], alone[name])
@@ -157,7 +160,8 @@ def test_what_differs_is_said_once(results):
 # --- checkpoints ---
 
 def test_a_checkpoint_goes_on_with_any_number_of_processes(folder, results):
-    """Six steps of one process are three of one, three of two; and three of two, three of one; ddp and fsdp."""
+    """Six steps of one process are three of one, three of two; and three of two, three of one; ddp and
+    fsdp."""
     for run in ("ddp resumes", "fsdp resumes", "half fsdp"):
         assert [status for status, _ in results[run]] == [0, 0]
     again = ["--out", str(folder / "half fsdp"), "--resume", "--quiet", "--train.max_steps", "6"]
@@ -168,7 +172,8 @@ def test_a_checkpoint_goes_on_with_any_number_of_processes(folder, results):
             mine, theirs = (getattr(weights(folder / name), part) for name in (run, "one process"))
             assert mine.keys() == theirs.keys()
             for name in mine:
-                torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4, msg=f"{run} {name}")
+                torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4,
+                                           msg=f"{run} {name}")
 
 
 def test_an_fsdp_checkpoint_is_one_plain_file(folder, results):
@@ -188,7 +193,8 @@ def test_an_fsdp_checkpoint_is_one_plain_file(folder, results):
 
 @pytest.mark.parametrize("run, status, wanted", [
     ("cannot be cut", 2, "train.batch_size = 8 cannot be cut into train.grad_accum = 8 x 2"),
-    ("unknown setting", 2, "train.max_steps"), ("locked", 1, "another process"), ("no run", 1, "no such checkpoint")])
+    ("unknown setting", 2, "train.max_steps"), ("locked", 1, "another process"),
+    ("no run", 1, "no such checkpoint")])
 def test_what_rank_0_refuses_ends_all_with_one_line(run, status, wanted, results):
     (mine, said), (other, silence) = results[run]
     assert mine == status and other != 0

@@ -251,7 +251,8 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, argv, words):
 # --- ancestry
 
 def save_with(ancestry, folder):
-    header = dict(step=0, config=load_config().to_dict(), tokenizer=Tokenizer.byte().to_dict(), ancestry=ancestry)
+    header = dict(step=0, config=load_config().to_dict(), tokenizer=Tokenizer.byte().to_dict(),
+                  ancestry=ancestry)
     checkpoint.save(folder / "ckpt_last.pt", header, {})
 
 

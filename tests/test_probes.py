@@ -24,7 +24,8 @@ def folder(tmp_path_factory):
 
 
 def math_right(folder, monkeypatch, answer, block=T):
-    """math_right of a model that continues every prompt, given as text, with answer(i, prompt), cut to length."""
+    """math_right of a model that continues every prompt, given as text, with answer(i, prompt), cut to
+    length."""
     model = model_of("dense", {"model.block_size": block, "model.vocab_size": 256, "data.dir": folder}).eval()
     seen = []
 

@@ -29,7 +29,8 @@ TINY = {"model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "model.block_
 def corpora(tmp_path_factory):
     """A folder with two prepared corpora, `one` and `two`."""
     folder = tmp_path_factory.mktemp("corpora")
-    for name, line in (("one", "def f(x): return x + 1  # emoji \U0001f600\r\n"), ("two", "all happy families are alike. ")):
+    for name, line in (("one", "def f(x): return x + 1  # emoji \U0001f600\r\n"),
+                       ("two", "all happy families are alike. ")):
         (folder / f"{name}.txt").write_bytes((line * 120).encode())
         prepare([str(folder / f"{name}.txt")], out=folder / "prepared", quiet=True)
     return folder
@@ -37,7 +38,8 @@ def corpora(tmp_path_factory):
 
 def arguments(corpora, out, *more, name="one", **settings):
     """The command line of a tiny run."""
-    keys = TINY | {"data.name": name, "data.dir": corpora / "prepared"} | {k.replace("__", "."): v for k, v in settings.items()}
+    keys = TINY | {"data.name": name, "data.dir": corpora / "prepared"} | {
+        k.replace("__", "."): v for k, v in settings.items()}
     path = out.parent / "tiny.toml"
     path.write_text("")
     return [str(path), "--out", str(out), "--quiet", *more, *(f"--{k}={v}" for k, v in keys.items())]
@@ -66,8 +68,8 @@ def same_tensors(a, b):
 
 # --- resume ---
 
-KINDS = {router: dict(ffn__router=router, ffn__top_k=1 if router in ("switch", "hash", "base", "sinkhorn", "rl",
-                                                                      "sample_top1") else 2)
+KINDS = {router: dict(ffn__router=router, ffn__top_k=1 if router in ("switch", "hash", "base", "sinkhorn",
+                                                                      "rl", "sample_top1") else 2)
          for router in ("topk", "noisy_topk", "switch", "gshard", "sigmoid", "sinkhorn", "base", "hash", "rl",
                         "expert_choice", "soft", "sample_top1")}
 KINDS |= dict(dense=dict(ffn__kind="dense"), dropout=dict(model__dropout=0.2),
@@ -86,11 +88,13 @@ def test_resume_is_exact(kind, corpora, tmp_path):
     assert train.main(["--out", str(tmp_path / "halves"), "--resume", "--quiet"]) == 0
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     for part in ("model", "optimizer"):
-        assert same_tensors(getattr(weights(tmp_path / "halves"), part), getattr(weights(tmp_path / "whole"), part))
+        assert same_tensors(getattr(weights(tmp_path / "halves"), part),
+                            getattr(weights(tmp_path / "whole"), part))
 
 
 def cut_short(out, step):
-    """Makes a finished run look as if it had been killed after the checkpoint of `step`: later rows are in the log."""
+    """Makes a finished run look as if it had been killed after the checkpoint of `step`: later rows are in
+    the log."""
     (out / ck.LAST).unlink()
     os.replace(out / ck.PREVIOUS, out / ck.LAST)
     assert weights(out).header["step"] == step and int(rows(out)[-1]["step"]) > step
@@ -110,8 +114,8 @@ def test_resume_applies_and_prints_what_may_change_and_refuses_the_rest(corpora,
     assert train.main([*out, "--train.max_steps", "8", "--train.eval_every", "4"]) == 0
     assert "train.max_steps = 8 (was 6)" in capsys.readouterr().out
     assert rows(tmp_path / "run")[-1]["step"] == "8"
-    for key, value in (("model.n_layer", "3"), ("ffn.n_expert", "8"), ("train.batch_size", "8"), ("train.dtype", "bfloat16"),
-                       ("data.seed", "1")):
+    for key, value in (("model.n_layer", "3"), ("ffn.n_expert", "8"), ("train.batch_size", "8"),
+                       ("train.dtype", "bfloat16"), ("data.seed", "1")):
         assert train.main([*out, f"--{key}", value]) == 2
         error = capsys.readouterr().err
         assert key in error and "start a new run" in error and error.count("\n") == 1
@@ -137,8 +141,8 @@ def test_resume_without_a_run(tmp_path, capsys):
 def test_log_has_the_contract_columns_and_every_step(corpora, tmp_path):
     run(corpora, tmp_path / "run", train__grad_accum=2)
     table = rows(tmp_path / "run")
-    assert set("step tokens seconds loss val_loss val_bpb lr grad_norm tokens_per_second balance_loss max_expert_share "
-               "dropped".split()) <= set(table[0])
+    assert set("step tokens seconds loss val_loss val_bpb lr grad_norm tokens_per_second balance_loss "
+               "max_expert_share dropped".split()) <= set(table[0])
     assert [int(r["step"]) for r in table] == list(range(7))
     assert [bool(r["val_loss"]) for r in table] == [True, False, False, True, False, False, True]
     assert [int(r["tokens"]) for r in table] == [64 * i for i in range(7)]
@@ -150,10 +154,11 @@ def test_log_has_the_contract_columns_and_every_step(corpora, tmp_path):
 
 
 def test_reported_loss_is_cross_entropy_alone_and_batches_are_paired(corpora, tmp_path):
-    """The first step's loss is the same whatever the coefficients; data.seed decides the batches, not train.seed."""
+    """The first step's loss is the same whatever the coefficients; data.seed decides the batches, not
+    train.seed."""
     first = {}
-    for name, settings in dict(plain={}, heavy=dict(ffn__balance_loss=5.0, ffn__z_loss=1.0), accum=dict(train__grad_accum=4),
-                               other=dict(data__seed=1)).items():
+    for name, settings in dict(plain={}, heavy=dict(ffn__balance_loss=5.0, ffn__z_loss=1.0),
+                               accum=dict(train__grad_accum=4), other=dict(data__seed=1)).items():
         run(corpora, tmp_path / name, train__max_steps=1, **settings)
         first[name] = float(rows(tmp_path / name)[1]["loss"])
     assert first["plain"] == first["heavy"] == pytest.approx(first["accum"], rel=1e-6)
@@ -163,17 +168,20 @@ def test_reported_loss_is_cross_entropy_alone_and_batches_are_paired(corpora, tm
 
 
 def test_learning_rate_schedules():
-    t = load_config(None, [("train.max_steps", "100"), ("train.warmup_steps", "10"), ("train.lr", "1.0")]).train
+    t = load_config(None, [("train.max_steps", "100"), ("train.warmup_steps", "10"),
+                           ("train.lr", "1.0")]).train
     rates = [train.learning_rate(i, t) for i in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[9] == 1.0
     assert rates[-1] == pytest.approx(0.1, abs=0.01) and all(a >= b for a, b in zip(rates[10:], rates[11:]))
     t.schedule = "wsd"
     rates = [train.learning_rate(i, t) for i in range(100)]
-    assert rates[50] == rates[80] == 1.0 and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.1)
+    assert rates[50] == rates[80] == 1.0
+    assert rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.1)
 
 
 def test_decay_touches_matrices_only():
-    config = load_config(None, [("model.vocab_size", "16"), ("ffn.router", "sigmoid"), ("model.qkv_bias", "true")])
+    config = load_config(None, [("model.vocab_size", "16"), ("ffn.router", "sigmoid"),
+                                ("model.qkv_bias", "true")])
     model = GPT(config)
     decayed, free = ({id(p) for p in group["params"]} for group in train.parameter_groups(model, 0.1))
     for name, p in model.named_parameters():
@@ -189,7 +197,8 @@ def test_evaluation_changes_nothing(corpora, tmp_path):
 
 
 def test_loss_free_bias_moves_with_the_load_of_the_whole_step_and_is_saved(corpora, tmp_path):
-    run(corpora, tmp_path / "run", ffn__router="sigmoid", ffn__bias_rate=0.5, train__grad_accum=2, train__max_steps=1)
+    run(corpora, tmp_path / "run", ffn__router="sigmoid", ffn__bias_rate=0.5, train__grad_accum=2,
+        train__max_steps=1)
     load = [float(v) for v in rows(tmp_path / "run")[1]["expert_load"].split(";")[0].split()]
     bias = weights(tmp_path / "run").model["blocks.0.ffn.router.bias"]
     assert bias.tolist() == [0.5 * ((x < 32) - (x > 32)) for x in load]         # 64 tokens x 2 / 4 experts
@@ -199,8 +208,8 @@ def test_loss_free_bias_moves_with_the_load_of_the_whole_step_and_is_saved(corpo
 
 def command(corpora, out, **settings):
     env = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *(a for a in arguments(corpora, out, **settings)
-                                                                        if a != "--quiet")],
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"),
+                             *(a for a in arguments(corpora, out, **settings) if a != "--quiet")],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
@@ -218,7 +227,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, corpora,
     assert weights(tmp_path / "run").header["step"] == int(last["step"]) and not last["val_loss"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(corpora, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(corpora, tmp_path, monkeypatch,
+                                                                               capsys):
     real = train.Trainer.micro_step
 
     def broken(self, micro):
@@ -260,8 +270,8 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(corpora, tmp_pat
     assert weights(tmp_path / "run").header["step"] == 6
 
 
-@pytest.mark.parametrize("content, wanted", [(b"", "damaged"), (b"hello", "damaged"), ("cut", "damaged"), ("pickle", "not a ch"),
-                                             ("other", "not a checkpoint")])
+@pytest.mark.parametrize("content, wanted", [(b"", "damaged"), (b"hello", "damaged"), ("cut", "damaged"),
+                                             ("pickle", "not a ch"), ("other", "not a checkpoint")])
 def test_foreign_and_damaged_files_end_in_one_line_and_run_nothing(content, wanted, corpora, tmp_path):
     path = tmp_path / "x.pt"
     if content == "cut":
@@ -307,7 +317,8 @@ def test_a_checkpoint_of_other_code_names_what_differs(corpora, tmp_path):
 def test_a_dispatch_that_cannot_run_is_refused_and_auto_says_what_it_does_instead(corpora, tmp_path, capsys):
     run(corpora, tmp_path / "run", status=2, ffn__d_ff=18, ffn__dispatch="grouped")
     assert "multiples of 4" in capsys.readouterr().err
-    args = [a for a in arguments(corpora, tmp_path / "auto", ffn__d_ff=18, train__max_steps=1) if a != "--quiet"]
+    args = [a for a in arguments(corpora, tmp_path / "auto", ffn__d_ff=18, train__max_steps=1)
+            if a != "--quiet"]
     assert train.main(args) == 0
     assert capsys.readouterr().err.count("multiples of 4") == 1
 
@@ -328,8 +339,9 @@ def test_init_from_takes_the_model_and_starts_the_optimizer_anew(corpora, tmp_pa
     more = dict(train__init_from=tmp_path / "seed", name="two", train__max_steps=1)
     path = tmp_path / "fresh.toml"
     path.write_text("")
-    base = [str(path), "--quiet", f"--data.dir={corpora / 'prepared'}", "--data.name=two", "--train.batch_size=4",
-            f"--train.init_from={tmp_path / 'seed'}", "--train.max_steps=1", "--train.sample_tokens=0"]
+    base = [str(path), "--quiet", f"--data.dir={corpora / 'prepared'}", "--data.name=two",
+            "--train.batch_size=4", f"--train.init_from={tmp_path / 'seed'}", "--train.max_steps=1",
+            "--train.sample_tokens=0"]
     assert train.main([*base, "--out", str(tmp_path / "next")]) == 0
     _, config, _, header = ck.load_model(tmp_path / "next", which="last")
     assert config.ffn.n_expert == 3 and config.model.n_embd == 16
@@ -365,7 +377,8 @@ def test_a_failed_compile_is_one_warning_in_auto_and_an_error_in_on(corpora, tmp
     said = []
     for mode in ("auto", "on"):
         config = load_config(None, [(k, str(v)) for k, v in TINY.items()] + [
-            ("data.name", "one"), ("data.dir", str(corpora / "prepared")), ("model.vocab_size", "256"), ("train.compile", mode)])
+            ("data.name", "one"), ("data.dir", str(corpora / "prepared")), ("model.vocab_size", "256"),
+            ("train.compile", mode)])
         folders, tokenizer = train.find_or_prepare("one", "byte", 4096, corpora / "prepared", 0, True)
         trainer = train.Trainer(config, folders, tokenizer, torch.device("cpu"))
         train.compile_or_say(trainer, said.append)
