@@ -142,7 +142,7 @@ def drift(old, new):
     idx = torch.randint(m.vocab_size, (4, m.block_size), generator=torch.Generator().manual_seed(0))
     a, b = old(idx).logits, new(idx).logits
     kl = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
-    return float(kl), float((a - b).abs().max())
+    return max(0.0, float(kl)), float((a - b).abs().max())
 
 
 def run_upcycle(o, overrides):

@@ -3,8 +3,7 @@
 The loop is flat: batch -> forward and backward -> step -> log -> evaluate -> checkpoint. Three rules make
 runs repeatable:
 - The generator is seeded from (seed, step, micro-step) before each micro-step, and layers draw from it. There
-  is no generator state to save, and two runs that differ in one layer draw the same dropout and the same
-  batches.
+  is no generator state to save, and two runs that differ in one layer draw the same dropout and batches.
 - Batches follow from the step number (data/batches.py), so that N + M steps are N steps, a restart, M steps.
 - Reported losses are cross-entropy alone; auxiliary losses are in the objective and in a column of their own.
 """
@@ -255,8 +254,8 @@ def make_ready(config, out, saved, quiet):
     t.dtype, why = resolve_dtype(t.dtype, device)
     origin = saved or (ck.load_init(config, out) if t.init_from else None)
     compiled, why_compiled = wants_compile(config, device)
-    folders, tokenizer = find_or_prepare(d.name, d.tokenizer, d.vocab_size, d.dir or None, d.max_tokens,
-                                         quiet)
+    text = d.name, d.tokenizer, d.vocab_size, d.dir or None, d.max_tokens
+    folders, tokenizer = find_or_prepare(*text, quiet)
     check_vocabulary(config, tokenizer, origin)
     arithmetic = f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})"
     return config, origin, folders, tokenizer, compiled, arithmetic
@@ -358,12 +357,10 @@ def build_parser():
                     description="Train a GPT with a dense or sparse feed-forward layer.",
                     usage="%(prog)s [CONFIG.toml] [--out DIR] [--resume | --overwrite] [--quiet] "
                           "[--section.key VALUE ...]")
-    parser.add_argument("config", nargs="?", metavar="CONFIG.toml",
-                        help="settings (default: configs/quick.toml)")
+    parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="default: configs/quick.toml")
     parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/<config name>)")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true",
-                     help="go on with the run in the folder, exactly where it stopped")
+    how.add_argument("--resume", action="store_true", help="go on with the run, exactly where it stopped")
     how.add_argument("--overwrite", action="store_true",
                      help="start anew in a folder that already holds a run")
     parser.add_argument("--quiet", action="store_true", help="print errors only")

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 
 from data.binfile import DataError, read_header
-from data.building import build, train_tokenizer
+from data.building import FILES, build, train_tokenizer
 from data.corpus import note, short_hash
 from data.folders import KINDS, PREPARED, check_tokenizer, folder_of, inspect_folder, one_at_a_time
 from data.sources import NAMES, corpus_name, is_known, resolve, takes_source
@@ -144,7 +144,12 @@ def find_or_prepare(names, tokenizer="byte", vocab_size=4096, dir=None, max_toke
         if not quiet:
             print(f"preparing {', '.join(missing)} first, which happens once")
         together = tokenizer in ("bpe", "char")         # these are trained on all the corpora of a run
-        prepare(names if together else missing, tokenizer, vocab_size, None, dir, max_tokens, quiet)
+        gone = [folder / file for folder in folders if folder.is_dir() for file in FILES
+                if not (folder / file).exists()]
+        try:
+            prepare(names if together else missing, tokenizer, vocab_size, None, dir, max_tokens, quiet)
+        except DataError as e:
+            raise DataError(f"{gone[0]}: is missing, and to prepare it again: {e}") from None if gone else e
     found = [inspect_folder(folder, verify=True) for folder in folders]
     if len({header["fingerprint"] for header in found}) > 1:
         raise DataError("these corpora have different tokenizers: "

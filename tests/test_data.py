@@ -682,6 +682,10 @@ def test_find_or_prepare(tmp_path, capsys):
     write_text(path, "it has changed " * 50)
     find_or_prepare(str(path), "byte", dir=out, quiet=True)
     assert tokens_in(folder_of(path, dir=out)).tobytes().startswith(b"it has changed")
+    (folder_of("book", dir=out) / "val.bin").unlink()      # a part is gone, and so is what it was made from
+    path.rename(tmp_path / "elsewhere.txt")
+    assert "val.bin: is missing" in message(find_or_prepare, "book", "byte", dir=out, quiet=True)
+    (tmp_path / "elsewhere.txt").rename(path)
     both = [str(path), "markov"]
     found, _ = find_or_prepare(both, "byte", 0, out, 3000, True)
     assert [folder.name for folder in found] == ["book-byte", "markov-byte"]

@@ -556,3 +556,11 @@ def test_every_kind_of_panel_draws():
     assert [t.get_text() for t in matrix.texts[:2]] == ["1.000", "1.000"] and len(routed.texts) == 4
     assert scatter.get_ylabel() == "mine" and "a caption" in figure.get_supxlabel()
     figure.canvas.draw()
+
+
+def test_bars_of_several_columns_of_one_arm():
+    rows = [dict(arm=arm, seed=s, a=1.0 + s, b=10.0) for arm in ("one", "two") for s in range(3)]
+    panel = dict(kind="bars", y="rise", columns=["a", "b"], arms=["one"], labels={"a": "first"})
+    ax = experiment_figure([panel], "title", "", rows, [], []).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["first", "b"] and ax.get_xlabel() == "rise"
+    assert [bar.get_width() for bar in ax.patches] == [2.0, 10.0]

@@ -163,7 +163,7 @@ def test_loss_is_cross_entropy_alone_and_aux_is_counted_once(kind):
     layers = sum(s.aux_loss for s in b.stats)
     policy = loaded.policy_loss(b.stats, F.cross_entropy(b.logits.mT, targets, reduction="none"))
     torch.testing.assert_close(b.aux_loss, layers + policy)
-    assert (float(b.aux_loss) != 0) == (kind in LEARNED)
+    assert (b.aux_loss.item() != 0) == (kind in LEARNED)
     if kind in LEARNED and kind != "noisy_topk":
         expected = sum(loaded.config.ffn.balance_loss * s.balance_loss + 0.3 * s.z_loss for s in b.stats)
         torch.testing.assert_close(layers, expected)
