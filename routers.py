@@ -288,7 +288,7 @@ class Base(Router):
     def __init__(self, config, d):
         super().__init__(config, d)
         nn.init.orthogonal_(self.score.weight, gain=0.1)
-        self.assign = torch.compiler.disable(balanced_assignment)   # only here: it loads the compiler, 2 seconds
+        self.assign = torch.compiler.disable(balanced_assignment)       # not at import: it takes 2 seconds
 
     def forward(self, x, ctx):
         logits = self.score(x)

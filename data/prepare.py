@@ -149,7 +149,7 @@ def find_or_prepare(names, tokenizer="byte", vocab_size=4096, dir=None, max_toke
         try:
             prepare(names if together else missing, tokenizer, vocab_size, None, dir, max_tokens, quiet)
         except DataError as e:
-            raise DataError(f"{gone[0]}: is missing, and to prepare it again: {e}") from None if gone else e
+            raise DataError(f"{gone[0]}: is missing, and to prepare it again: {e}" if gone else e) from None
     found = [inspect_folder(folder, verify=True) for folder in folders]
     if len({header["fingerprint"] for header in found}) > 1:
         raise DataError("these corpora have different tokenizers: "
