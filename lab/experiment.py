@@ -191,7 +191,7 @@ def run(experiment, options):
         with Runner(arms, jobs, experiment.collect, options.quiet) as runner:
             complete = runner.run()
             if complete and experiment.spec.get("speed"):
-                complete = runner.measure_speed()
+                complete = runner.measure_speed(int(experiment.spec["speed"]))
         experiment.failed = runner.failed
         experiment.collect()
     if runner.stopped:

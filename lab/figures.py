@@ -2,7 +2,7 @@
 
     kind      needs                 draws
     lines     x, y [by, reference]  a column over another, e.g. loss over the number of experts
-    bars      y [columns]           a column, one mark per arm; or several columns of one arm, and y their axis
+    bars      y [columns]           a column, one mark per arm; or several columns of one arm, whose axis is y
     curves    y [x]                 the course of training over tokens, flops (active ones), seconds or steps
     matrix    columns               arms by columns, e.g. the loss on each corpus
     routing   arm [layer]           which share of each corpus goes to each expert

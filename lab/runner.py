@@ -125,10 +125,11 @@ class Runner:
         minutes = (all_steps - now) * (time.time() - self.since) / (now - before) / 60
         return f", about {max(1, minutes):.0f} min left"
 
-    def measure_speed(self):
-        """Some steps of each trained arm of the first seed, alone and on all cores. True if all ran."""
+    def measure_speed(self, seeds=1):
+        """Some steps of each trained arm of the first seeds, alone and on all cores. True if all ran."""
+        first = list(dict.fromkeys(arm.seed for arm in self.arms))[:seeds]
         for arm in self.arms:
-            if arm.make or arm.seed != self.arms[0].seed or "speed" in read_record(arm) or self.stopped:
+            if arm.make or arm.seed not in first or "speed" in read_record(arm) or self.stopped:
                 continue
             job = Job(arm, surroundings(1), speed=True)
             self.active = [job]

@@ -14,8 +14,8 @@ from config import SECTIONS, ConfigError, nearest, parse_toml, show
 
 SIZES = ("cpu", "gpu")
 TOP = {"title": str, "paper": str, "caption": str, "config": str, "seeds": int, "runs": str, "evaluate": list,
-       "probes": list, "speed": bool, "common": dict, "cpu": dict, "gpu": dict, "arms": dict, "metrics": dict,
-       "panel": list, "claims": dict}
+       "probes": list, "speed": (bool, int),    # true: of the first seed alone; 3: of the first three
+       "common": dict, "cpu": dict, "gpu": dict, "arms": dict, "metrics": dict, "panel": list, "claims": dict}
 ARM = {"config": str, "grid": dict, "from": (str, list), "make": str, "sizes": list, "column": dict,
        "cpu": dict, "gpu": dict}
 SIZE = {"config": str, "jobs": int}             # what [cpu] and [gpu] may hold beside settings
