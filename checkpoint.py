@@ -143,9 +143,13 @@ def save_last(folder, header, model_state, optimizer_state, keep_previous=True):
     folder = Path(folder)
     fresh = folder / "ckpt_new.pt"
     save(fresh, header, model_state, optimizer_state)
-    if keep_previous and (folder / LAST).exists():
-        os.replace(folder / LAST, folder / PREVIOUS)
-    os.replace(fresh, folder / LAST)
+    try:
+        if keep_previous and (folder / LAST).exists():
+            os.replace(folder / LAST, folder / PREVIOUS)
+        os.replace(fresh, folder / LAST)
+    except OSError as e:                                            # a folder has this name, for instance
+        raise CheckpointError(f"{folder / LAST}: cannot be replaced ({e.strerror}); move it away, the new "
+                              f"checkpoint is whole and lies in {fresh}") from None
 
 
 def optimizer_tensors(model, optimizer):

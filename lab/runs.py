@@ -2,6 +2,7 @@
 import csv
 import math
 import operator
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,7 @@ def read_log(path, points=4000):
         raise LogError(f"{path}: no log to draw ({e.strerror}); `python train.py` writes one") from None
     if not table or names[0] != "step":
         raise LogError(f"{path}: holds no step yet; let the run go on, then draw it again")
+    loads = of_usual_shape(loads)
     known = next((row for row in loads if row), [])
     layers = {i: np.array([row[i] if row else np.full(load.shape, np.nan) for row in loads])
               for i, load in enumerate(known) if load.size}
@@ -73,8 +75,20 @@ def average(rows):
 
 def sum_loads(texts):
     """Fields like "12 4;;9 7" summed: an (E,) array per layer, empty for dense ones; [] if no row has any."""
-    rows = [[np.array(layer.split(), float) for layer in text.split(";")] for text in texts if text]
-    return [sum(layer) for layer in zip(*rows)]
+    rows = of_usual_shape([[read_load(layer) for layer in text.split(";")] for text in texts if text])
+    return [sum(layer) for layer in zip(*(row for row in rows if row))]
+
+
+def read_load(text):
+    return np.array([number(value) for value in text.split()])
+
+
+def of_usual_shape(rows):
+    """Rows of loads; one whose layers are not as long as those of most rows, such as that of a damaged line,
+    becomes []."""
+    sizes = [tuple(load.size for load in row) for row in rows]
+    usual = Counter(filter(None, sizes)).most_common(1)
+    return [row if [size] == [key for key, _ in usual] else [] for row, size in zip(rows, sizes)]
 
 
 def open_run(folder):

@@ -248,6 +248,18 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, argv, words):
     assert result.err.startswith("error: ") and result.err.count("\n") == 1 and words in result.err
 
 
+def test_a_damaged_row_of_loads_is_left_out(tmp_path):
+    folder = write_log(tmp_path / "run")
+    good = read_log(folder / "log.csv")["expert_load"][1]
+    lines = (folder / "log.csv").read_text().splitlines(keepends=True)
+    first = lines[1].rpartition(",")[2]
+    for bad in (";7;;1 2 3 4\n", "x y z\n", first.replace(" ", "", 1)):
+        lines[1] = lines[1].rpartition(",")[0] + "," + bad
+        (folder / "log.csv").write_text("".join(lines))
+        load = read_log(folder / "log.csv")["expert_load"][1]
+        assert np.isnan(load[0]).all() and np.array_equal(load[1:], good[1:])
+
+
 # --- ancestry
 
 def save_with(ancestry, folder):

@@ -111,6 +111,7 @@ def bad_checkpoint(rng, home, folder):
     if not previous:
         (run / ck.PREVIOUS).unlink()
     kind = damage(rng, victim, mark, others(home))
+    whole = unharmed(victim, good)                  # now: training will replace it
     result = call(program, *argv)
 
     another = kind == "swapped" and is_checkpoint(victim)
@@ -118,7 +119,7 @@ def bad_checkpoint(rng, home, folder):
     def fine(result):                               # it was replaced, and that was said; or it is unharmed
         not_needed = kind == "missing" and (program is not train.main or reads == ck.BEST)
         replaced = previous and "going back" in result.err
-        return not_needed or replaced or another or program is plots.main or unharmed(victim, good)
+        return not_needed or replaced or another or program is plots.main or whole
 
     names = [victim.name, str(run)] + [""] * another
     return outcome(kind, result, names, mark, fine)
@@ -150,16 +151,14 @@ def bad_data(rng, home, folder):
     whole = {path.name: path.read_bytes() for path in prepared.iterdir()}
     victim = prepared / rng.choice(sorted(whole))
     kind = damage(rng, victim, mark, others(home))
-    mends = rng.random() < 0.4
-    if mends:
+    if rng.random() < 0.4:
         result = call(preparing.main, home.folder / "one.txt", *prepares)
     else:
         settings = {"data.dir": data, "data.tokenizer": tokenizer, "data.vocab_size": 260}
         result = home.train(folder / "run", settings)
 
-    def fine(result):
-        mended = {path.name: path.read_bytes() for path in prepared.iterdir()} == whole
-        return mended and (mends or kind == "missing")
+    def fine(result):                                       # mended, or swapped for one that is the same
+        return {path.name: path.read_bytes() for path in prepared.iterdir()} == whole
 
     return outcome(kind, result, [victim.name], mark, fine)
 
@@ -189,7 +188,9 @@ def bad_config(rng, home, folder):
     argv = resumes if victim.parent == run else [victim, "--out", folder / "new", "--quiet", *more]
     result = call(train.main, *argv)
     keys = [key for key, _ in all_fields()]
-    return outcome(kind, result, [victim.name, *keys], mark, lambda result: True)   # it may still be a config
+    lost = "one: is neither"                        # cut between two lines: where its corpus is, is not there
+    names = [victim.name, lost, *keys]
+    return outcome(kind, result, names, mark, lambda result: True)                  # it may still be a config
 
 
 def bad_log(rng, home, folder):

@@ -15,7 +15,7 @@ from tiny import KINDS
 from torture_home import ROOT, same_checkpoints
 
 WRITING = ".ckpt_new.pt.tmp"                                # there while a checkpoint is written
-STEPS = {"train.max_steps": 150, "train.save_every": 2, "train.eval_every": 6}
+STEPS = {"train.save_every": 2, "train.eval_every": 6}
 CLOCK = {"seconds", "tokens_per_second"}                    # columns of log.csv that no two runs share
 
 
@@ -120,9 +120,10 @@ def random_model(rng):
 
 
 def killed_training(rng, home, folder, kills, settings, tally):
-    """One training run that is killed about `kills` times; counts the kills that it survived."""
+    """One training run that is killed `kills` times, with other signals in between; counts what it survived.
+    It has so many steps that it is not done before."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = STEPS | settings
+    settings = STEPS | settings | {"train.max_steps": 30 * kills}
     whole, out, said = folder / "whole", folder / "killed", folder / "said.txt"
     if (status := Child(train.main, home.command(whole, settings), said).wait()) != 0:
         return tally.problems.append(f"the undisturbed run ended with {status}: {said.read_text()}")
@@ -136,7 +137,7 @@ def killed_training(rng, home, folder, kills, settings, tally):
         if shots[signal.SIGKILL] >= kills:
             break
         number = rng.choice([signal.SIGKILL] * 5 + [signal.SIGTERM, signal.SIGINT])
-        wait_for_the_moment(rng, child, out, (shots[signal.SIGKILL] + rng.random()) * steps / (kills + 1))
+        wait_for_the_moment(rng, child, out, steps_logged(out) + 8 * rng.random())
         status = child.end(number)
         if status == 0 and steps_logged(out) >= steps:
             break                                           # it was done before the signal came
