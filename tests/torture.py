@@ -142,7 +142,7 @@ class Score:
         if what == "end":
             counts, problems, text = found
             for name, n in counts.items():
-                best = name.startswith(("SIGKILLs", "growth"))
+                best = name.endswith("by one run") or name.startswith("growth")
                 self.counts[name] = max(n, self.counts.get(name, 0)) if best else n + self.counts.get(name, 0)
             self.lose(worker, problems)
             if self.options.trial is not None:
