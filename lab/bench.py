@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from checkpoint import CheckpointError, write_text
 from config import ConfigError, Parser, fail, load_config, parse
 from lab.bench_moe import MOE_SHAPES, bench_moe
 from lab.bench_peer import PEER_SHAPES, bench_peer
@@ -108,7 +109,7 @@ def build_parser():
 
 
 def run(options):
-    """All rows of one call of the program, ceilings first; prints them table by table."""
+    """Yields the rows of one call of the program, table by table, the ceilings first; prints them."""
     device, n = options.device, 2 if options.shapes == "quick" else None
     size = dict(size=8192, copy_mib=2048) if device == "cuda" else {}
     machine = find_machine(device, *ROUNDS[device, options.shapes], **size)
@@ -121,7 +122,14 @@ def run(options):
         tables = bench_model(machine, dict(list(model_sets(device).items())[:n]))
     else:
         tables = bench_peer(machine, PEER_SHAPES[device][:n])
-    return ceiling_rows(options.bench, machine) + [row for rows in tables for row in rows]
+    yield ceiling_rows(options.bench, machine)
+    yield from tables
+
+
+def keep(rows, path):
+    """Writes the rows as JSON, a row per line; atomically, so that a stop leaves the tables before it.
+    Raises CheckpointError."""
+    write_text(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def main(argv=None):
@@ -132,15 +140,16 @@ def main(argv=None):
             raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
         if options.json and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
             raise ConfigError(f"--json {options.json}: must be a file in a folder that exists")
-        rows = run(options)
+        rows = []
+        for table in run(options):
+            rows += table
+            if options.json:
+                keep(rows, options.json)
     except (ConfigError, KeyboardInterrupt) as e:
         return fail(e)
-    except BenchError as e:
+    except (BenchError, CheckpointError) as e:
         fail(e)
         return 1
-    if options.json:
-        text = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
-        Path(options.json).write_text(text, encoding="utf-8")
     return 0
 
 

@@ -14,6 +14,7 @@ import lab.bench_peer as bench_peer
 import lab.measure as measure
 import moe
 import peer
+from data import binfile
 from lab.bench_moe import MoEShape
 from lab.bench_peer import PEERShape
 from routers import Context
@@ -122,7 +123,19 @@ def test_a_wrong_path_stops_the_bench(tiny, tmp_path, capsys, monkeypatch, path,
     assert tiny("moe", "--json", str(tmp_path / "rows.json")) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "path padded is wrong" in error and what in error
-    assert not (tmp_path / "rows.json").exists()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert rows and all(row["path"].startswith("ceiling") for row in rows)      # the tables before it are kept
+
+
+def test_rows_that_cannot_be_written_end_in_one_line(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(binfile.os, "replace", no_space)
+    assert tiny("moe", "--json", str(tmp_path / "rows.json")) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "rows.json" in error and "disk" in error
+
+
+def no_space(*_):
+    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("wrong_row", [False, True])
