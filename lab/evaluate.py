@@ -83,7 +83,7 @@ def validation(config, corpora, names, tokenizer):
 def one_pass(model, batches, corpora, sparse, device, dtype):
     """({corpus: [nats, tokens, bytes], "layers": means over the sparse layers}, {layer: {corpus: (E,)}})."""
     sums = {name: [0.0, 0, 0] for name in corpora}
-    loads, layers = {i: {} for i in sparse}, dict(dropped=0.0, entropy=0.0, z_loss=0.0)
+    loads, layers = {i: {} for i in sparse}, dict(dropped=0.0, entropy=0.0)
     for x, y, domain, n_bytes, corpus in batches:
         with precision(device, dtype):
             out = model(x.to(device), y.to(device), domain=domain.to(device))

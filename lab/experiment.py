@@ -36,7 +36,7 @@ from lab.verdict import concerns, read_claims
 
 MEASURED = ["val_loss", "val_bpb", "active_params", "total_params", "flops_per_token", "tokens",
             "tokens_total", "tokens_per_second", "peak_mib", "max_expert_share", "min_expert_share",
-            "dropped", "experts_used", "unevenness", "entropy", "z_loss", "specialisation", "diagonal",
+            "dropped", "experts_used", "unevenness", "entropy", "specialisation", "diagonal",
             "train_loss", "train_dropped", "train_max_expert_share"]
 LAST = ["seconds", "commit", "device", "threads", "torch", "key"]
 

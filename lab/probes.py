@@ -161,13 +161,18 @@ def expert_cosine(model, batches, config, device, dtype):
 
 
 @torch.no_grad()
-def logit_size(model, batches, config, device, dtype):
-    """logit_size: mean |logit| of the routers, which a z-loss keeps small (ST-MoE 2202.08906 sec. 3.3)."""
+def logits(model, batches, config, device, dtype):
+    """What a z-loss, the mean of (logsumexp z)², acts on (ST-MoE 2202.08906, eq. 5); means over the routers'
+    logits z (tokens, E): logit_size, of |z|; logit_max, of each token's largest; logit_sum, of logsumexp z;
+    logit_spread, of each token's standard deviation over the experts."""
     if config.ffn.kind != "moe":
         return {}
-    logits = (routing.logits for _, _, routing in _routings(model, batches, config, device, dtype))
-    sizes = [z.abs().mean().item() for z in logits if z is not None]
-    return dict(logit_size=sum(sizes) / len(sizes)) if sizes else {}
+    found = [z for _, _, routing in _routings(model, batches, config, device, dtype)
+             if (z := routing.logits) is not None]
+    sizes = dict(logit_size=torch.abs, logit_max=lambda z: z.amax(1), logit_sum=lambda z: z.logsumexp(1),
+                 logit_spread=lambda z: z.std(1, correction=0))
+    return {name: sum(size(z).mean().item() for z in found) / len(found) for name, size in sizes.items()
+            if found}
 
 
 QUESTIONS = 200             # of math_right: a share of 10 % is then known to 2 %

@@ -1,4 +1,5 @@
 """Measurements of lab/probes.py."""
+import math
 from itertools import islice
 
 import pytest
@@ -169,9 +170,13 @@ def test_expert_cosine_of_copies_shuffled_copies_and_strangers():
     assert measured(probes.expert_cosine, model_of("dense")) == {}
 
 
-def test_logit_size():
+def test_logits():
     model = model_of("topk")
     for block, size in zip(model.blocks, (2.0, 4.0)):
         block.ffn.router.score.forward = lambda x, z=size: torch.tensor([z, -z, z, 0.0]).repeat(len(x), 1)
-    assert measured(probes.logit_size, model)["logit_size"] == pytest.approx(0.75 * 3)
-    assert measured(probes.logit_size, model_of("hash")) == {}
+    row = measured(probes.logits, model)
+    assert row["logit_size"] == pytest.approx(0.75 * 3) and row["logit_max"] == pytest.approx(3)
+    sums = [math.log(2 * math.exp(z) + math.exp(-z) + 1) for z in (2, 4)]
+    assert row["logit_sum"] == pytest.approx(sum(sums) / 2)
+    assert row["logit_spread"] == pytest.approx(3 * math.sqrt(3 / 4 - 1 / 16))
+    assert measured(probes.logits, model_of("hash")) == {}
