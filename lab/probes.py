@@ -72,7 +72,7 @@ def surgery(model, batches, config, device, dtype):
 
     rise_without_shared   every sparse layer loses its shared expert, and tokens take one more routed one
     rise_without_routed   every sparse layer loses one routed expert, whose tokens take their next best: the
-                          mean over eight experts, evenly spaced, for their numbers mean nothing
+                          mean over all of them
     """
     layers = [model.blocks[i].ffn for i in sparse_layers(config)]
     if config.ffn.kind != "moe" or not all(hasattr(layer.router, "score") for layer in layers):
@@ -97,8 +97,7 @@ def surgery(model, batches, config, device, dtype):
                 hook.remove()
 
     whole, E = loss(), config.ffn.experts
-    chosen = range(0, E, -(-E // 8))
-    row = dict(rise_without_routed=sum(map(loss_without, chosen)) / len(chosen) - whole)
+    row = dict(rise_without_routed=sum(map(loss_without, range(E))) / E - whole)
     shared = [layer.shared for layer in layers]
     if None not in shared:
         for layer in layers:
