@@ -200,14 +200,15 @@ def draw_fit(ax, panel, rows, curves, routing):
         fitted = fit_runs(panel["law"], rows, floor=panel.get("floor", 0.0))
     except scaling.FitError as e:
         return ax.set_title("\n".join(textwrap.wrap(f"no fit: {e}", 60)), loc="left", fontsize=11)
-    for i, (name, curve) in enumerate((name, c) for name, fit in fitted.items() for c in scaling.curves(fit)):
+    drawn = [(name, curve) for name, fit in fitted.items() for curve in scaling.curves(fit)]
+    for i, (name, curve) in enumerate(drawn):
         colour = PALETTE[i % len(PALETTE)]
         what = ", ".join([name] * bool(name) + [f"{k} = {scaling.amount(v)}" for k, v in curve.fixed.items()])
         ax.plot(curve.x, curve.loss, color=colour, label=what)
         ax.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
         ax.plot(curve.run_x, curve.run_loss, "o", color=colour, alpha=0.6)
     variable = "granularity" if panel["law"] == "krajewski" else "n_expert"
-    scale(ax, "x", "log2", [row[variable] for row in rows if row.get(variable)])
+    scale(ax, "x", "log2", [x for _, curve in drawn for x in curve.run_x])
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:.2f}")
     ax.yaxis.set_minor_formatter("{x:.2f}")
