@@ -105,7 +105,8 @@ def auxiliary_losses(routing, load, config, shape):
     """(aux, balance, z): what enters the objective with its coefficients, and the two losses before them.
 
     load (E,) is what was sent before any capacity limit; shape = (B, T). loss_free adds the sequence loss of
-    DeepSeek-V3 with whatever coefficient balance_loss gives (its own: 0.0001).
+    DeepSeek-V3 with whatever coefficient balance_loss gives (its own: 0.0001); f counts the experts that were
+    chosen, where eq. 18 of 2412.19437 counts the k largest scores without the bias.
     """
     zero = torch.zeros((), device=load.device)
     balance = z = zero

@@ -7,9 +7,9 @@ MiX (Sukhbaatar et al. 2403.07816) and Branch-Train-Merge (Li et al. 2208.03306)
     python btx.py mix runs/a runs/b runs/c --out runs/mix                     their layers as experts
     python train.py CONFIG --train.init_from runs/mix --out runs/btx          now the router learns
 
-The seed may itself be one of the runs that are mixed, as in the paper. Two things are not as there: with the
-router sample_top1 every layer samples (in the paper the first layer is soft), and the balance loss is the
-router's usual one unless --ffn.balance btx asks for the paper's.
+The seed may itself be one of the runs that are mixed, as in the paper. Two things differ from it: with the
+router sample_top1 every layer samples (there the first layer is soft), and the balance loss is the router's
+usual one unless --ffn.balance btx asks for the paper's.
 """
 import argparse
 import sys
@@ -56,7 +56,8 @@ def refuse_given(overrides, command):
 @torch.no_grad()
 def upcycle(parent, overrides, shuffle=False, reinit=0.0, seed=0):
     """(Config, GPT): a run's dense layers as experts; the shared expert, if there is one, starts as the dense
-    layer, too. Whole copies whose gates sum to 1 are the dense model's function. Raises ConfigError."""
+    layer, too. Without a shared expert, whole copies whose gates sum to 1 are the dense model's
+    function; a shared expert wider than the dense layer repeats its units. Raises ConfigError."""
     f, width = parent.config.ffn, parent.width
     if f.kind != "dense":
         raise ConfigError(f"{parent.folder} has ffn.kind = \"{f.kind}\"; only a dense model can be upcycled")
@@ -220,7 +221,8 @@ def build_parser():
                    help="experts that a token visits (default: 2, or 1 with switch and sample_top1)")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--blend", action="store_true", help="every expert gets a part of every branch's layer")
-    how.add_argument("--split", type=int, default=1, metavar="C", help="cut every layer into C experts")
+    how.add_argument("--split", type=int, default=1, metavar="C", help="cut each layer into C experts, whose "
+                     "gates, summing to 1, weigh too little unless --ffn.route_scale is C")
     p.add_argument("--freeze-experts", action="store_true", help="the experts will never change in training")
     add_output(p, "the router")
     p = add_command(commands, "merge", run_merge, "the average of the weights of several runs")

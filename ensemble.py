@@ -2,7 +2,7 @@
 mixed, more of those that have predicted it well so far.
 
     p(x_t | x_<t) = sum_j p(D = j | x_<t) p_j(x_t | x_<t)
-    p(D = j | x_<t) ~ p(D = j) prod_{s<t} p_j(x_s | x_<s)
+    p(D = j | x_<t) ∝ p(D = j) prod_{s<t} p_j(x_s | x_<s)
 
 Probabilities are mixed, never logits. The posterior of domain D (DEMix 2108.05036) is a product of many small
 numbers, hence log space and float64; the token to be predicted has no say in it.

@@ -57,9 +57,9 @@ def grown_config(config, add):
 def grow(state, config, grown, init, seed):
     """Weights of the expanded model: the old ones, and behind each layer's old experts the new ones.
 
-    init "copy": each is a copy of another old expert, drawn by `seed`, as long as there are any; so is its
-    router row, up to ROUTER_NOISE. A copy that is exact in both would tie with its original: no token could
-    prefer either. "random": fresh, as a new model of this seed has them.
+    init "copy": each copies a different old expert, drawn by `seed` (one twice only if more are added than
+    there are); so does its router row, up to ROUTER_NOISE. A copy that is exact in both would tie with its
+    original: no token could prefer either. "random": fresh, as a new model of this seed has them.
     """
     torch.manual_seed(seed)
     fresh, made, old_count = GPT(grown).state_dict(), dict(state), config.ffn.experts

@@ -97,7 +97,7 @@ def rotary_table(head, block_size, base):
 
 def rotate(x, table):
     """Turns each pair (i, i + head/2) of x (B, T, heads, head) by its position's angle; table (2, T, 1,
-    head)."""
+    head). The paper pairs neighbours, which is the same up to the order of the features."""
     cos, sin = table.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -272,7 +272,7 @@ class GPT(nn.Module):
 
     def num_params(self):
         """ParamCount(total, active): a tied head counts once; of the routed experts only those that a token
-        visits; adapters not, which are folded in wherever the model is used."""
+        visits; LoRA adapters do not, for they are folded into the weights wherever the model is used."""
         total = sum(p.numel() for name, p in self.named_parameters() if ".lora_" not in name)
         return ParamCount(total, total - sum(block.ffn.inactive_params() for block in self.blocks))
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from balance import auxiliary_losses, expert_counts, update_bias
-from kernels import gated_activation, gated_activation_backward, permute, unpermute, use_triton
+from kernels import ACTIVATIONS, gated_activation, gated_activation_backward, permute, unpermute, use_triton
 from parallel import global_sum
 from routers import Stats, build_router
 
@@ -35,12 +35,12 @@ def activation_of(h, kind):
     if kind == "swiglu":
         gate, up = h.chunk(2, -1)
         return F.silu(gate) * up
-    return F.relu(h).square() if kind == "relu2" else {"gelu": F.gelu, "relu": F.relu}[kind](h)
+    return ACTIVATIONS[kind](h)
 
 
 def compute_dtype(x):
-    """What matrix products run in: autocast's dtype where it is on, else that of x. grouped_mm does not ask
-    autocast."""
+    """What matrix products run in: autocast's dtype where it is on, else that of x. Autocast does not reach
+    F.grouped_mm."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -273,9 +273,10 @@ def rank_in_expert(routing, n_expert):
 
 
 def limit_capacity(routing, n_expert, slots, shape):
-    """The routing with only the first `slots` pairs of each expert kept. First choices go before second ones,
-    earlier positions before later ones, so that no token's place depends on what comes after it; sequences of
-    a batch do compete for slots (Switch 2101.03961 sec. 2.2, GShard 2006.16668 alg. 1). shape = (B, T)."""
+    """The routing with only the first `slots` pairs of each expert kept (Switch 2101.03961 sec. 2.2). Earlier
+    positions go first, at one position first choices before second ones, then in the order of the sequences.
+    So no token's place depends on what comes after it, though sequences compete for slots; GShard (2006.16668
+    alg. 1) serves all first choices before any second one. shape = (B, T)."""
     (B, T), k = shape, routing.k
 
     def by_position(t):                          # (P,) in token order -> position, then choice, then sequence

@@ -211,7 +211,7 @@ PASSES = dict(lean=(lean_forward, lean_backward_tokens, lean_backward_table),
 class GatheredExperts(torch.autograd.Function):
     """experts_readable without the gathered rows: keeps x, idx, gates and pre-activations (n, R) for
     backward, which reads the rows again. `path` lean: plain PyTorch; fused: the Triton kernels. Both write
-    the table's gradient in a fixed order (but lean on CUDA, which PKM takes, by atomic additions in any).
+    the table's gradient in a fixed order, with one exception: lean on CUDA, PKM's path, adds atomically.
 
     That gradient: without a .grad on the table, backward returns a dense one, as any function does. With one,
     it adds its rows to that and returns None; autograd would first fill another tensor, 2 GiB at N = 2^20,

@@ -25,7 +25,7 @@ class Context(NamedTuple):
     token_ids: Tensor                   # (B, T)
     domain: Tensor | None = None        # (B,) index of the corpus that each sequence came from
     step: Tensor | int = 0     # optimizer step; a 0-d tensor under torch.compile, which would guard on an int
-    generating: bool = False            # a KV cache is in use: only some positions of one moment are here
+    generating: bool = False            # a KV cache is in use: x holds the newest positions only
 
 
 class Stats(NamedTuple):
@@ -103,7 +103,7 @@ class TopK(Router):
     """Softmax top-k. Mixtral 2401.04088 sec. 2.1: softmax over the k chosen logits. Switch, DeepSeekMoE
     2401.06066 eq. 4-5 and Qwen2: softmax over all E, then the k largest, as they are or renormalised. With
     n_groups > 1 only the experts of the token's topk_groups best groups can be chosen (DeepSeek-V2 2405.04434
-    sec. 2.1.2).
+    sec. 2.2.2).
 
     gate: after (topk_then_softmax) or before (softmax_then_topk) the selection. causal: yes. neighbours:
     none.
@@ -158,15 +158,15 @@ class NoisyTopK(Router):
 class Switch(Router):
     """Switch Transformer (2101.03961) eq. 1-2: one expert per token, y = p_i E_i(x) with p the softmax over
     all E. The gate is kept, never renormalised: a constant 1 would leave the router without a gradient. In
-    training the router's input is multiplied by U(1-j, 1+j) (jitter). W_r starts at a tenth of the usual
-    scale.
+    training the router's input is multiplied by U(1-j, 1+j) (jitter). W_r starts with variance 0.1 / d, a
+    tenth of the usual one (sec. 2.4; there all weights do, here the router's).
 
     gate: before the selection. causal: yes. neighbours: none. Draws noise in training unless jitter = 0.
     """
 
     def __init__(self, config, d):
         super().__init__(config, d)
-        nn.init.normal_(self.score.weight, std=0.1 * d ** -0.5)
+        nn.init.normal_(self.score.weight, std=(0.1 / d) ** 0.5)
 
     def forward(self, x, ctx):
         x, j = x.float(), self.config.jitter
@@ -256,7 +256,7 @@ def balanced_assignment(scores, epsilon=None):
     """
     n, E = scores.shape
     slots = -(-n // E)
-    scores = scores.float()
+    scores = scores.float().nan_to_num()        # a NaN would be bid on for ever; the loss will tell of it
     epsilon = epsilon or 1e-3 * float(scores.max() - scores.min()) + 1e-6
     price, bid = scores.new_zeros(E), scores.new_zeros(n)
     owner = torch.full((n,), -1, device=scores.device)
@@ -336,11 +336,17 @@ class Hash(nn.Module):
         return pairs(indices, torch.ones_like(indices, dtype=torch.float32))
 
 
+def gumbel_like(logits):
+    """Independent draws of the Gumbel distribution: argmax(logits + draws) is a sample of softmax(logits)."""
+    return -torch.empty_like(logits).exponential_().clamp_min(1e-20).log()
+
+
 class RL(Router):
     """RL-R (Clark et al. 2202.01169 sec. 3.3): the router is a policy pi = softmax(x W_r). Training samples
     one expert, the reward is the log-likelihood of the token's own target, and the model adds the REINFORCE
-    objective with the learned baseline b(x) to its loss (GPT.forward). The paper's coefficients and gate are
-    not public; here the gate is constant, so that the reward alone teaches the router.
+    objective with the learned baseline b(x) to its loss (GPT.forward). Coefficients, gate and loss of the
+    baseline were not checked against the paper; here the gate is constant, so that the reward alone teaches
+    the router.
 
     gate: constant 1. causal: yes. neighbours: none. Draws noise in training; evaluation takes the likeliest
     expert.
@@ -353,7 +359,7 @@ class RL(Router):
     def forward(self, x, ctx):
         logits = self.score(x)
         log_pi = logits.log_softmax(-1)
-        noise = -torch.empty_like(logits).exponential_().clamp_min(1e-20).log() if self.training else 0.0
+        noise = gumbel_like(logits) if self.training else 0.0
         indices = (log_pi + noise).argmax(-1, keepdim=True)             # the Gumbel-max trick samples from pi
         baseline = self.value(x.detach()).squeeze(-1)
         return pairs(indices, torch.ones_like(log_pi[:, :1]), logits=logits, probs=log_pi.exp(),
@@ -363,7 +369,8 @@ class RL(Router):
 class ExpertChoice(Router):
     """Expert choice (Zhou et al. 2202.09368), grouped as in Krajewski et al. 2402.07871: at every position t
     each expert takes the C = B k / E sequences that score highest for it, s = softmax over experts. Load is
-    even by construction; a token may get no expert or several.
+    even by construction; a token may get no expert or several. C is rounded and at least 1: with B a multiple
+    of E / k a token visits k experts on average, as flops_per_token counts.
 
     gate: before the selection. causal: yes, for choosing among sequences at one position cannot see later
     ones.
@@ -414,14 +421,14 @@ class SampleTop1(Router):
             return pairs(indices, torch.ones_like(probs[:, :1]), logits=logits, probs=probs)
         step = torch.as_tensor(ctx.step, dtype=torch.float32, device=x.device)
         tau = torch.exp(-self.config.gumbel_rate * step).clamp_min(0.5)
-        gumbel = -torch.empty_like(logits).exponential_().clamp_min(1e-20).log()
-        weights, indices = ((logits + gumbel) / tau).softmax(-1).max(-1, keepdim=True)
+        weights, indices = ((logits + gumbel_like(logits)) / tau).softmax(-1).max(-1, keepdim=True)
         return pairs(indices, weights, logits=logits, probs=probs)
 
 
 class Domain(nn.Module):
     """DEMix (Gururangan et al. 2108.05036): the expert of the sequence's known domain; nothing is learned.
-    Without a label (sampling) all experts are mixed with equal weight, the paper's uniform prior.
+    Without a label (sampling) every layer averages its experts' outputs, a stand-in: the paper mixes the
+    predictions of whole models by the posterior of the domain, as ensemble.py does.
 
     gate: constant. causal: yes. neighbours: none.
     """

@@ -253,12 +253,12 @@ def check(o):
             raise ConfigError(f"--{name} {getattr(o, name)} must be {rule}")
 
 
-def pick_device(name):
-    """A device that is there. Raises ConfigError."""
+def pick_device(name, option="--device"):
+    """A device that is there; auto takes the fastest. Raises ConfigError."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(d for d, ok in there.items() if ok) if name == "auto" else name
     if not there[name]:
-        raise ConfigError(f"--device {name} is not available here; use auto or cpu")
+        raise ConfigError(f"{option} {name} is not available here; use auto or cpu")
     return name
 
 

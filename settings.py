@@ -81,13 +81,13 @@ class FFNConfig:
     output_norm: bool = opt(False, "a norm on the layer's output (the fine-grained paper; see expert_choice)")
     router: str = opt("topk", "how tokens choose: " + "; ".join(f"{k}: {v}" for k, v in ROUTERS.items()),
                       choices=list(ROUTERS))
-    gate_order: str = opt("topk_then_softmax", "gates of topk and gshard-like routers: softmax over the "
+    gate_order: str = opt("topk_then_softmax", "gates of the topk router: softmax over the "
                           "chosen logits (Mixtral), or over all of them (Switch, DeepSeekMoE, Qwen2), "
                           "renormalised or not",
                           choices=["topk_then_softmax", "softmax_then_topk", "softmax_then_topk_renorm"])
-    balance: str = opt("auto", "what keeps the experts evenly used; auto is the router's own: loss_free for "
-                       "sigmoid, importance_load, gshard, none where a loss can change nothing, switch for "
-                       "the rest",
+    balance: str = opt("auto", "what keeps the experts evenly used; auto is the router's own: loss_free "
+                       "for sigmoid, importance_load for noisy_topk, gshard, none where a loss can change "
+                       "nothing or none is needed (sinkhorn, base, soft, ...), switch for the rest",
                        choices=["auto", "none", "switch", "gshard", "importance_load", "deepseek", "btx",
                                 "loss_free"])
     balance_loss: float = opt(0.01, "coefficient of the balance loss (w of importance_load, alpha_1 of "
@@ -108,8 +108,8 @@ class FFNConfig:
     topk_groups: int = opt(0, "groups that a token may use (0: all)", low=0)
     route_scale: float = opt(1.0, "factor on the gates of topk and sigmoid routers (DeepSeek-V3: 2.5)",
                              low=0.0)
-    sinkhorn_iters: int = opt(8, "sinkhorn, base: fixed number of row and column scalings", low=1)
-    sinkhorn_tau: float = opt(1.0, "sinkhorn, base: temperature of the plan", low=1e-3)
+    sinkhorn_iters: int = opt(8, "sinkhorn: fixed number of row and column scalings", low=1)
+    sinkhorn_tau: float = opt(1.0, "sinkhorn: temperature of the plan", low=1e-3)
     hash_table: str = opt("random", "hash: a random table, or one balanced by the corpus's token counts",
                           choices=["random", "balanced"])
     rl_loss: float = opt(0.01, "rl: coefficient of the policy and baseline losses", low=0.0)

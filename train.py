@@ -3,7 +3,8 @@
 The loop is flat: batch -> forward and backward -> step -> log -> evaluate -> checkpoint. Three rules make
 runs repeatable:
 - The generator is seeded from (seed, step, micro-step) before each micro-step, and layers draw from it. There
-  is no generator state to save, and two runs that differ in one layer draw the same dropout and batches.
+  is no generator state to save, and two runs of one seed start each micro-step with the same batch and
+  generator.
 - Batches follow from the step number (data/batches.py), so that N + M steps are N steps, a restart, M steps.
 - Reported losses are cross-entropy alone; auxiliary losses are in the objective and in a column of their own.
 """
@@ -25,19 +26,14 @@ from data.prepare import find_or_prepare
 from model import GPT
 from report import Log, StopSignal, TrainingError, describe, finish, progress
 from retain import Past, adapters
-from sample import PLAIN, sample_text
+from sample import PLAIN, pick_device, sample_text
 
 HERE = Path(__file__).parent
 
 
 def resolve_device(name):
-    """torch.device of train.device; auto takes what is there. Raises ConfigError if it is not there."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name == "auto":
-        name = next(d for d, ok in there.items() if ok)
-    if not there[name]:
-        raise ConfigError(f"train.device = \"{name}\" is not available here; use \"auto\" or \"cpu\"")
-    return parallel.own(torch.device(name))
+    """torch.device of train.device, for this process. Raises ConfigError if there is none."""
+    return parallel.own(torch.device(pick_device(name, "train.device =")))
 
 
 def resolve_dtype(name, device):
@@ -66,7 +62,7 @@ def wants_compile(config, device):
 def parameter_groups(model, weight_decay):
     """Two AdamW groups. Decay is for matrices that multiply activations; not for norms and biases, nor for
     rows that only some tokens touch (embeddings, PEER tables), which decay would shrink in every step in
-    which nobody reads them."""
+    which nobody reads them; not for PEER's sub-keys, whose length is the temperature of its scores."""
     def decays(name, p):
         return p.dim() > 1 and not name.startswith("embedding") and not name.endswith(("table", "sub_keys"))
 
@@ -330,7 +326,7 @@ def assess(trainer, out, valid, say):
     better = loss < trainer.best
     if better:
         trainer.best = loss
-        if t.keep != "last" and trainer.done:
+        if t.keep != "last" and (trainer.done or t.init_from):      # trained weights may stay the best
             state = parallel.gather(trainer.model.state_dict(keep_vars=True))
             if parallel.rank() == 0:
                 ck.save(out / ck.BEST, trainer.header(), state)

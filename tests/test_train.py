@@ -353,6 +353,17 @@ def test_init_from_takes_the_model_and_starts_the_optimizer_anew(corpora, tmp_pa
     assert train.main([*base, "--out", str(tmp_path / "good"), "--ffn.balance_loss=0.5"]) == 0
 
 
+def test_training_that_only_harms_keeps_the_weights_it_began_with(corpora, tmp_path):
+    run(corpora, tmp_path / "seed")
+    assert train.main([str(tmp_path / "seed" / "config.toml"), "--quiet", "--out", str(tmp_path / "worse"),
+                       f"--train.init_from={tmp_path / 'seed'}", "--train.max_steps=2", "--train.lr=5",
+                       "--train.eval_every=1", "--train.warmup_steps=0"]) == 0
+    begun = float(rows(tmp_path / "worse")[0]["val_loss"])
+    model, _, _, header = ck.load_model(tmp_path / "worse", which="best")
+    assert (header["step"], header["val_loss"]) == (0, pytest.approx(begun))
+    assert all(float(row["val_loss"]) > begun for row in rows(tmp_path / "worse")[1:] if row["val_loss"])
+
+
 def test_a_sample_of_a_run_is_text(corpora, tmp_path):
     run(corpora, tmp_path / "run", train__max_steps=1)
     model, config, tokenizer, header = ck.load_model(tmp_path / "run")
