@@ -53,7 +53,7 @@ def choose(kernel, x, *others):
 
 
 def contiguous(*tensors):
-    return (t.contiguous() for t in tensors)  # free where it already is; grad of y.sum() is not
+    return [t.contiguous() for t in tensors]  # free where it already is; grad of y.sum() is not
 
 
 def ceil_div(a, b):

@@ -20,9 +20,9 @@ from kernels import (ACTIVATION_GRADS, ACTIVATIONS, activate, ceil_div, choose, 
                      triton)
 
 
-def row_blocks(d, rows):
-    """How many rows of padded width a program holds at a time, and that width."""
-    return max(1, min(rows, 8192 // power_of_2(d))), power_of_2(d)
+def row_blocks(d, rows, itemsize):
+    """How many rows of padded width a program holds at a time, 16 KiB of them, and that width."""
+    return max(1, min(rows, 16384 // (power_of_2(d) * itemsize))), power_of_2(d)
 
 
 def gather_rows(W, idx, dtype):
@@ -68,7 +68,7 @@ def peer_forward(x, W, idx, s, activation, kernel=None):
     x, W, idx, s = contiguous(x, W, idx, s)
     y, h = torch.empty_like(x), torch.empty_like(s, dtype=torch.float32)
     if len(x):
-        blocks = row_blocks(x.shape[1], 8)
+        blocks = row_blocks(x.shape[1], 8, W.element_size())
         _peer_forward_kernel[(len(x),)](
             x, W, idx, s, y, h, x.shape[1], idx.shape[1], activation, *blocks, num_warps=4)
     return y, h
@@ -115,7 +115,7 @@ def peer_backward_tokens(dy, W, idx, s, h, activation, kernel=None):
     dy, W, idx, s, h = contiguous(dy, W, idx, s, h)
     dx, dh, a, ds = (torch.empty_like(t) for t in (dy, h, h, h))
     if len(dy):
-        blocks = row_blocks(dy.shape[1], 8)
+        blocks = row_blocks(dy.shape[1], 8, W.element_size())
         _peer_backward_tokens_kernel[(len(dy),)](
             dy, W, idx, s, h, dx, dh, a, ds, dy.shape[1], idx.shape[1], activation, *blocks, num_warps=4)
     return dx, dh, a, ds
@@ -222,7 +222,7 @@ def peer_backward_table(x, dy, dh, a, idx, n_expert, out=None, accumulate=False,
     (T, R), d, accumulate = idx.shape, x.shape[1], accumulate and out is not None
     out = torch.empty(n_expert, 2, d, dtype=torch.float32, device=x.device) if out is None else out
     order, offsets = sort_pairs(idx, n_expert)
-    blocks = row_blocks(d, 4)  # most experts have few pairs: more rows at a time would be mostly masked
+    blocks = row_blocks(d, 4, x.element_size())  # most experts have few pairs: more would be mostly masked
     partial = torch.empty(ceil_div(T * R, share), 2, d, dtype=torch.float32, device=x.device)
     if len(partial):
         _peer_table_overflow_kernel[(len(partial),)](

@@ -140,6 +140,7 @@ class GroupedExperts(torch.autograd.Function):
     def forward(ctx, x, w_in, w_out, gate, order, token, offsets, k, activation, fused):
         rows = gather(x, order, token, k, fused)                                           # (P, d)
         h = F.grouped_mm(rows, w_in.transpose(1, 2), offs=offsets)                         # (P, n or 2n)
+        del rows                                                # a (P, d) tensor less at the peak; so below
         a = gated_activation(h, gate, activation, kernel(fused))                           # (P, n), weighted
         y = combine(F.grouped_mm(a, w_out.transpose(1, 2), offs=offsets), x.shape[0], order, token, k, fused)
         ctx.save_for_backward(x, w_in, w_out, gate, order, token, offsets, h)
@@ -155,8 +156,8 @@ class GroupedExperts(torch.autograd.Function):
         da = F.grouped_mm(d_rows, w_out, offs=offsets)                                     # (P, n)
         dh, d_gate, a = gated_activation_backward(da, h, gate, ctx.activation, kernel(fused))
         d_w_out = F.grouped_mm(d_rows.T, a, offs=offsets)                                  # (E, d, n)
-        rows = gather(x, order, token, k, fused)
-        d_w_in = F.grouped_mm(dh.T, rows, offs=offsets)                                    # (E, n or 2n, d)
+        del d_rows, da, a
+        d_w_in = F.grouped_mm(dh.T, gather(x, order, token, k, fused), offs=offsets)       # (E, n or 2n, d)
         dx = combine(F.grouped_mm(dh, w_in, offs=offsets), x.shape[0], order, token, k, fused)
         return dx, d_w_in, d_w_out, d_gate, None, None, None, None, None, None
 
@@ -215,7 +216,8 @@ def combine(rows, n_token, order, token, k, fused):
     if fused and k:
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         return unpermute(rows, inverse, k)
-    return rows.new_zeros(n_token, rows.shape[1]).index_add_(0, token, rows)
+    # Not index_add_: torch 2.11's compiler loses the gradient of a Function's result if it was written in place
+    return rows.new_zeros(n_token, rows.shape[1]).index_add(0, token, rows)
 
 
 def dispatch_grouped(x, routing, experts, fused=False):
@@ -227,8 +229,9 @@ def dispatch_grouped(x, routing, experts, fused=False):
     grouped_refusal).
     """
     E = experts.w_in.shape[0]
-    sorted_expert, order = torch.sort(routing.expert, stable=True)
-    ids = torch.arange(E, device=x.device)
+    narrow = torch.int16 if E < 2 ** 15 else torch.int64            # a radix sort of fewer digits, up to 3 times
+    sorted_expert, order = torch.sort(routing.expert.to(narrow), stable=True)                # as fast on a CPU
+    ids = torch.arange(E, dtype=narrow, device=x.device)
     offsets = torch.searchsorted(sorted_expert, ids, right=True, out_int32=True)     # (E,) ends of the groups
     token = routing.token.index_select(0, order)
     gate = pair_weights(routing, torch.float32).index_select(0, order)

@@ -102,7 +102,7 @@ class GlobalSum(torch.autograd.Function):
     def forward(ctx, x):
         x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
-        return x
+        return x.clone()        # torch 2.11's compiler loses the gradient of a result written in place
 
     backward = forward
 

@@ -118,16 +118,18 @@ def topk_readable(q, sub_keys, k):
 
 class TopKLean(torch.autograd.Function):
     """topk_readable without the (n, h, 2, m) scores, 64 KiB a token at h = 8, m = 1024, and without their
-    gradient: tokens pass in slices; backward puts a slice's k gradients among zeros and multiplies, which
-    adds in a fixed order everywhere."""
+    gradient: the kernel never has them, without it tokens pass in slices. For the sub-keys, backward puts a
+    slice's k gradients among zeros and multiplies, which adds in a fixed order everywhere."""
 
     @staticmethod
     def forward(ctx, q, sub_keys, k):
         n, h, m = *q.shape[:2], sub_keys.shape[1]
-        scores, indices = q.new_empty(n, h, 2, k), q.new_empty(n, h, 2, k, dtype=torch.int32)
-        kernel = q.is_cuda and use_triton(q)                            # a CPU could only interpret it
-        for part, s, i in slices(2 * h * m, q, scores, indices):
-            s[:], i[:] = product_key_topk(part, sub_keys, k, kernel)
+        if q.is_cuda and use_triton(q):                                 # a CPU could only interpret it
+            scores, indices = product_key_topk(q, sub_keys, k, kernel=True)
+        else:
+            scores, indices = q.new_empty(n, h, 2, k), q.new_empty(n, h, 2, k, dtype=torch.int32)
+            for part, s, i in slices(2 * h * m, q, scores, indices):
+                s[:], i[:] = product_key_topk(part, sub_keys, k, kernel=False)
         ctx.save_for_backward(q, sub_keys, indices)
         ctx.mark_non_differentiable(indices)
         return scores, indices
@@ -135,12 +137,13 @@ class TopKLean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_scores, _):
         q, sub_keys, indices = ctx.saved_tensors
-        h, m, dq, d_keys = q.shape[1], sub_keys.shape[1], torch.empty_like(q), torch.zeros_like(sub_keys)
-        for part, d, i, out in slices(2 * h * m, q, d_scores, indices, dq):
+        h, m, d_keys = q.shape[1], sub_keys.shape[1], torch.zeros_like(sub_keys)
+        first = m * torch.arange(2, dtype=indices.dtype, device=q.device).unsqueeze(1)      # key of each half
+        dq = sum_rows(d_scores.flatten(0, 2), sub_keys.flatten(0, 1), (indices + first).flatten(0, 2))
+        for part, d, i in slices(2 * h * m, q, d_scores, indices):
             full = d.new_zeros(len(d), h, 2, m).scatter_(-1, i.long(), d)
-            out[:] = torch.einsum("nhpm,pmc->nhpc", full, sub_keys)
             d_keys += torch.einsum("nhpm,nhpc->pmc", full, part)
-        return dq, d_keys, None
+        return dq.view_as(q), d_keys, None
 
 
 def slices(width, *tensors):

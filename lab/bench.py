@@ -55,7 +55,7 @@ def training_step(machine, config, dtype):
     torch.manual_seed(0)
     device, t = torch.device(machine.device), config.train
     model = GPT(config).to(device)
-    forward = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if device.type == "cuda" else model
     optimizer = build_optimizer(model, t, device)
     shape = t.batch_size, config.model.block_size + 1
     batches = [torch.randint(config.model.vocab_size, shape, device=device) for _ in range(INPUTS)]

@@ -71,7 +71,8 @@ if __name__ == "__main__":
     fp32, bf16 = torch.float32, torch.bfloat16
     for shape in ((768, 256, 8, bf16), (768, 1024, 2, bf16), (1000, 344, 3, bf16), (768, 256, 8, fp32)):
         moe(*shape)
-    for d, dtype in ((256, bf16), (512, bf16), (768, bf16), (1024, bf16), (256, fp32), (512, fp32)):
+    for d, dtype in ((256, bf16), (512, bf16), (768, bf16), (1024, bf16), (256, fp32), (512, fp32),
+                     (768, fp32), (1024, fp32)):
         peer(d, 128, dtype)
     for d, k, dtype in ((64, 16, fp32), (128, 16, fp32), (64, 32, fp32), (64, 16, bf16)):
         print(f"sub-keys d {d} n 1024 k {k} {dtype}")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import moe
 from balance import expert_counts
-from kernels import INTERPRETED
+from kernels import INTERPRETED, use_triton
 from moe import (DISPATCH, Experts, ExpertByExpert, GroupedExperts, MoE, choose_dispatch, dispatch_fused,
                  dispatch_grouped, dispatch_loop, dispatch_padded, limit_capacity)
 from routers import Context, Routing, pairs
@@ -92,6 +92,7 @@ PATHS = {"loop": (dispatch_loop, torch.float64, 1e-12), "padded": (dispatch_padd
          "expert_by_expert": (grouped_by(ExpertByExpert), torch.float64, 1e-12),
          "grouped": (grouped_by(GroupedExperts), torch.float32, 1e-5),
          "fused": (dispatch_fused, torch.float32, 1e-5)}
+ON_CPU = [path for path in DISPATCH if path != "fused" or use_triton(torch.zeros(1))]       # of a whole layer
 CASES = {                                                   # name: (E, k, experts that get tokens)
     "spread": (4, 2, range(4)), "one expert has everything": (4, 1, [2]),
     "empty first and last": (5, 2, [1, 2, 3]), "8 of 64 without a token": (64, 2, range(4, 60)),
@@ -254,7 +255,7 @@ def test_ffn_dispatch_changes_no_number(name):
     """Outputs and gradients of a whole layer, for every router and every value of ffn.dispatch."""
     x, ctx = layer_input()
     results = []
-    for path in ("loop", "auto", "padded", "grouped", "fused"):
+    for path in ("auto", *ON_CPU):
         layer = moe_of(name, {"ffn.dispatch": path})
         leaf = x.clone().requires_grad_()
         y, stats = call(layer, leaf, ctx)
@@ -266,7 +267,28 @@ def test_ffn_dispatch_changes_no_number(name):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", DISPATCH)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["topk", "expert_choice"])
+def test_the_fast_path_of_a_gpu_equals_the_loop(name, compiled):
+    """In bfloat16, as it trains there; compiled as one graph, in which a gradient could get lost."""
+    results = []
+    for path in ("loop", "auto"):
+        layer, (x, ctx) = moe_of(name, {"ffn.dispatch": path}).cuda(), layer_input()
+        ctx = ctx._replace(token_ids=ctx.token_ids.cuda(), domain=None)
+        leaf = x.bfloat16().float().cuda().requires_grad_()
+        whole = compiled and path == "auto"
+        run = torch.compile(layer, fullgraph=True, dynamic=False) if whole else layer
+        with torch.autocast("cuda", torch.bfloat16):
+            y, _ = run(leaf, ctx)
+        y.float().square().sum().backward()
+        results.append([y.float().detach(), leaf.grad, layer.experts.w_in.grad, layer.experts.w_out.grad,
+                        layer.router.score.weight.grad])
+    for slow, fast in zip(*results):
+        assert slow.norm() > 0 and (slow - fast).norm() <= 0.02 * slow.norm()
+
+
+@pytest.mark.parametrize("path", ON_CPU)
 @pytest.mark.parametrize("name", ["topk", "expert_choice"])
 def test_bf16_autocast_is_close_to_float32(name, path):
     x, ctx = layer_input()
@@ -391,7 +413,7 @@ def test_capacity_keeps_the_first_in_position_order(B, T, E, k, slots, masked, s
     assert torch.equal(counts, expert_counts(r.expert, E, keep).clamp_max(slots))
 
 
-@pytest.mark.parametrize("path", DISPATCH)
+@pytest.mark.parametrize("path", ON_CPU)
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
 def test_capacity_slots_and_dropped_share(path, factor):
     """ceil(factor k n / E) slots; what is over contributes nothing, and its share is reported."""

@@ -178,6 +178,17 @@ def test_every_path_equals_float64_autograd(path, settings, monkeypatch):
         assert error <= 1e-5 * value.norm() + 1e-9, name
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_the_fused_path_compiles_as_one_graph():
+    """On a GPU the Triton launches stand in the compiled graph; nothing may get lost there."""
+    x, dy = randn(2, 7, 12).to(DEVICE), randn(2, 7, 12, seed=1).to(DEVICE)
+    eager = outputs_and_gradients(make(device=DEVICE, peer_path="fused"), x, dy)
+    layer = make(device=DEVICE, peer_path="fused")
+    layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+    for name, value in outputs_and_gradients(layer, x, dy).items():
+        assert (value - eager[name]).norm() <= 1e-4 * eager[name].norm() + 1e-9, name
+
+
 def test_routing_learns_from_the_output():
     grads = outputs_and_gradients(make(), randn(2, 7, 12), randn(2, 7, 12, seed=1))
     assert all(grads[name].abs().sum() > 0 for name in ("queries.weight", "sub_keys", "table"))
