@@ -19,6 +19,7 @@ import torch
 
 import checkpoint as ck
 from config import ConfigError, Parser, add_settings, fail, load_config, parse
+from data.batches import token_counts
 from data.binfile import DataError
 from train import Trainer, compile_or_say, make_ready, resolve_device
 
@@ -29,6 +30,7 @@ def measure(config, steps):
         config, _, folders, tokenizer, compiled, _ = make_ready(config, Path(folder), None, quiet=True)
     device = resolve_device(config.train.device)
     trainer = Trainer(config, folders, tokenizer, device)
+    trainer.model.set_token_counts(token_counts(folders, config.model.vocab_size))
     if compiled:
         compile_or_say(trainer, lambda text: print(text, file=sys.stderr))
     times = []
