@@ -104,6 +104,8 @@ def draw_bars(ax, panel, rows, curves, routing):
     ax.set(xlabel=axis_label(panel["y"]), ylim=(len(shown) - 0.4, -0.6))
     ax.margins(x=0.08)
     scale(ax, "x", panel.get("xscale", "linear"))
+    if "xscale" not in panel:
+        ax.locator_params(axis="x", nbins=5)            # tokens per second are long numbers
 
 
 def draw_curves(ax, panel, rows, curves, routing):
