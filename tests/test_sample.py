@@ -321,7 +321,7 @@ def test_show_experts_without_a_terminal(run_dir, capsys):
 
 def test_show_experts_prints_a_prompt_beyond_the_block_unmarked(run_dir, capsys):
     _, out, err = program(capsys, run_dir, "--prompt", "0123456789abcdefg", "--tokens", "3", "--show-experts")
-    assert out.startswith("0123456789a[") and err.count("17 tokens") == 1 and "last 6" in err
+    assert out.startswith("0123456789a[") and err.count("prompt has 17 tokens") == 1 and "last 6" in err
 
 
 def test_what_is_said_about_the_model(tmp_path, capsys):
