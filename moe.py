@@ -39,8 +39,7 @@ def activation_of(h, kind):
 
 
 def compute_dtype(x):
-    """What matrix products run in: autocast's dtype where it is on, else that of x. Autocast does not reach
-    F.grouped_mm."""
+    """Of matrix products: autocast's, which does not reach F.grouped_mm, where it is on, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -138,9 +137,8 @@ class GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_in, w_out, gate, order, token, offsets, k, activation, fused):
-        rows = gather(x, order, token, k, fused)                                           # (P, d)
-        h = F.grouped_mm(rows, w_in.transpose(1, 2), offs=offsets)                         # (P, n or 2n)
-        del rows                                                # a (P, d) tensor less at the peak; so below
+        # The gathered rows, (P, d), have no name, so that they are gone when the next are made; so below.
+        h = F.grouped_mm(gather(x, order, token, k, fused), w_in.transpose(1, 2), offs=offsets)  # (P, n or 2n)
         a = gated_activation(h, gate, activation, kernel(fused))                           # (P, n), weighted
         y = combine(F.grouped_mm(a, w_out.transpose(1, 2), offs=offsets), x.shape[0], order, token, k, fused)
         ctx.save_for_backward(x, w_in, w_out, gate, order, token, offsets, h)
@@ -216,7 +214,7 @@ def combine(rows, n_token, order, token, k, fused):
     if fused and k:
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         return unpermute(rows, inverse, k)
-    # Not index_add_: torch 2.11's compiler loses the gradient of a Function's result if it was written in place
+    # Not index_add_: torch 2.11's compiler loses the gradient of a Function that returns it.
     return rows.new_zeros(n_token, rows.shape[1]).index_add(0, token, rows)
 
 
@@ -229,8 +227,8 @@ def dispatch_grouped(x, routing, experts, fused=False):
     grouped_refusal).
     """
     E = experts.w_in.shape[0]
-    narrow = torch.int16 if E < 2 ** 15 else torch.int64            # a radix sort of fewer digits, up to 3 times
-    sorted_expert, order = torch.sort(routing.expert.to(narrow), stable=True)                # as fast on a CPU
+    narrow = torch.int16 if E < 2 ** 15 else torch.int64                # fewer digits for the radix sort
+    sorted_expert, order = torch.sort(routing.expert.to(narrow), stable=True)
     ids = torch.arange(E, dtype=narrow, device=x.device)
     offsets = torch.searchsorted(sorted_expert, ids, right=True, out_int32=True)     # (E,) ends of the groups
     token = routing.token.index_select(0, order)
