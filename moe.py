@@ -138,7 +138,7 @@ class GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_in, w_out, gate, order, token, offsets, k, activation, fused):
         # The gathered rows, (P, d), have no name, so that they are gone when the next are made; so below.
-        h = F.grouped_mm(gather(x, order, token, k, fused), w_in.transpose(1, 2), offs=offsets)  # (P, n or 2n)
+        h = F.grouped_mm(gather(x, order, token, k, fused), w_in.transpose(1, 2), offs=offsets)  # (P, (2)n)
         a = gated_activation(h, gate, activation, kernel(fused))                           # (P, n), weighted
         y = combine(F.grouped_mm(a, w_out.transpose(1, 2), offs=offsets), x.shape[0], order, token, k, fused)
         ctx.save_for_backward(x, w_in, w_out, gate, order, token, offsets, h)
