@@ -10,7 +10,7 @@ since gradients are averaged anyway.
 """
 import torch
 
-from parallel import global_mean, global_sum
+from runtime.parallel import global_mean, global_sum
 
 
 def expert_counts(expert, n_expert, keep=None):

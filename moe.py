@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from balance import auxiliary_losses, expert_counts, update_bias
-from kernels import ACTIVATIONS, gated_activation, gated_activation_backward, permute, unpermute, use_triton
-from parallel import global_sum
+from kernels.common import ACTIVATIONS, use_triton
+from kernels.moe import ExpertByExpert, GroupedExperts
+from runtime.parallel import global_sum
 from routers import Stats, build_router
 
 
@@ -126,99 +127,7 @@ def dispatch_padded(x, routing, experts, slots=None):
     return torch.zeros_like(x).index_add(0, routing.token, out * pair_weights(routing, x.dtype).unsqueeze(1))
 
 
-class GroupedExperts(torch.autograd.Function):
-    """y = sum over pairs of p W2 act(W1 x), pairs sorted by expert, products grouped by expert.
-
-    Saves x, the pre-activation, the gates and the order; the gathered rows and the activation are made again
-    in backward. Written as a Function because autograd would also keep both of them and the activation's
-    parts: 3.6 times the memory (T2048 d256 n128 E32 k4, see lab/bench.py moe). With `fused`, the Triton
-    kernels move the rows and apply the activation; without, no Triton is involved.
-    """
-
-    @staticmethod
-    def forward(ctx, x, w_in, w_out, gate, order, token, offsets, k, activation, fused):
-        # The gathered rows, (P, d), have no name, so that they are gone when the next are made; so below.
-        h = F.grouped_mm(gather(x, order, token, k, fused), w_in.transpose(1, 2), offs=offsets)  # (P, (2)n)
-        a = gated_activation(h, gate, activation, kernel(fused))                           # (P, n), weighted
-        y = combine(F.grouped_mm(a, w_out.transpose(1, 2), offs=offsets), x.shape[0], order, token, k, fused)
-        ctx.save_for_backward(x, w_in, w_out, gate, order, token, offsets, h)
-        ctx.k, ctx.activation, ctx.fused = k, activation, fused
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w_in, w_out, gate, order, token, offsets, h = ctx.saved_tensors
-        k, fused = ctx.k, ctx.fused
-        dy = dy.contiguous()
-        d_rows = gather(dy, order, token, k, fused)                                        # (P, d)
-        da = F.grouped_mm(d_rows, w_out, offs=offsets)                                     # (P, n)
-        dh, d_gate, a = gated_activation_backward(da, h, gate, ctx.activation, kernel(fused))
-        d_w_out = F.grouped_mm(d_rows.T, a, offs=offsets)                                  # (E, d, n)
-        del d_rows, da, a
-        d_w_in = F.grouped_mm(dh.T, gather(x, order, token, k, fused), offs=offsets)       # (E, n or 2n, d)
-        dx = combine(F.grouped_mm(dh, w_in, offs=offsets), x.shape[0], order, token, k, fused)
-        return dx, d_w_in, d_w_out, d_gate, None, None, None, None, None, None
-
-
-class ExpertByExpert(torch.autograd.Function):
-    """GroupedExperts for a CPU, where F.grouped_mm is a loop of products anyway: with the loop out here, the
-    rows of one expert are gathered, transformed and added home while they are in cache, and no (P, d) tensor
-    is ever allocated. Saves the same tensors. Reads the offsets, which costs nothing on a CPU. For float32
-    and experts with much to do: see pays_by_expert.
-    """
-
-    @staticmethod
-    def forward(ctx, x, w_in, w_out, gate, order, token, offsets, k, activation, fused):
-        y, h = torch.zeros_like(x), x.new_empty(token.numel(), w_in.shape[1])
-        for e, rows in enumerate(groups(offsets)):
-            torch.mm(x.index_select(0, token[rows]), w_in[e].T, out=h[rows])               # (rows, n or 2n)
-            a = gated_activation(h[rows], gate[rows], activation, kernel=False)
-            y.index_add_(0, token[rows], a @ w_out[e].T)
-        ctx.save_for_backward(x, w_in, w_out, gate, token, offsets, h)
-        ctx.activation = activation
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w_in, w_out, gate, token, offsets, h = ctx.saved_tensors
-        dx, d_w_in, d_w_out, d_gate = torch.zeros_like(x), *map(torch.empty_like, (w_in, w_out, gate))
-        for e, rows in enumerate(groups(offsets)):
-            d_rows = dy.index_select(0, token[rows])
-            dh, d_gate[rows], a = gated_activation_backward(d_rows @ w_out[e], h[rows], gate[rows],
-                                                            ctx.activation, kernel=False)
-            torch.mm(d_rows.T, a, out=d_w_out[e])                                          # zeros for no rows
-            torch.mm(dh.T, x.index_select(0, token[rows]), out=d_w_in[e])
-            dx.index_add_(0, token[rows], dh @ w_in[e])
-        return dx, d_w_in, d_w_out, d_gate, None, None, None, None, None, None
-
-
-def groups(offsets):
-    """Slices of the sorted pairs, one per expert, from the ends of the groups."""
-    ends = offsets.tolist()
-    return [slice(start, end) for start, end in zip([0] + ends, ends)]
-
-
-def kernel(fused):
-    """Argument of the functions of kernels.py: their own rule, or never."""
-    return None if fused else False
-
-
-def gather(x, order, token, k, fused):
-    """Rows of x (N, d) in expert order, (P, d). The kernels need the same k for every token, which expert
-    choice (k = 0) does not have."""
-    return permute(x, order, k) if fused and k else x.index_select(0, token)
-
-
-def combine(rows, n_token, order, token, k, fused):
-    """Sum of each token's rows, (P, d) in expert order -> (N, d)."""
-    if fused and k:
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        return unpermute(rows, inverse, k)
-    # Not index_add_: torch 2.11's compiler loses the gradient of a Function that returns it.
-    return rows.new_zeros(n_token, rows.shape[1]).index_add(0, token, rows)
-
-
-def dispatch_grouped(x, routing, experts, fused=False):
+def dispatch_grouped(x, routing, experts, fused=False, function=None):
     """Sort the pairs by expert, run all experts in one grouped product, bring the results home. x (N, d) ->
     (N, d).
 
@@ -233,7 +142,8 @@ def dispatch_grouped(x, routing, experts, fused=False):
     offsets = torch.searchsorted(sorted_expert, ids, right=True, out_int32=True)     # (E,) ends of the groups
     token = routing.token.index_select(0, order)
     gate = pair_weights(routing, torch.float32).index_select(0, order)
-    function = ExpertByExpert if pays_by_expert(x, token, experts) and not fused else GroupedExperts
+    if function is None:
+        function = ExpertByExpert if pays_by_expert(x, token, experts) and not fused else GroupedExperts
     return function.apply(x, experts.w_in.to(x.dtype), experts.w_out.to(x.dtype), gate, order, token, offsets,
                           routing.k, experts.activation, fused)
 

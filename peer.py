@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import ACTIVATION_GRADS, ACTIVATIONS, use_triton
-from kernels_peer import (cartesian_candidates, peer_backward_table, peer_backward_tokens, peer_forward,
-                          product_key_topk)
-from parallel import global_mean, world
+from kernels.common import ACTIVATIONS, use_triton
+from kernels.peer import GatheredExperts
+from kernels.product_keys import TopKLean
 from routers import Stats
+from runtime.parallel import global_mean, world
 
 
 class BatchNorm(nn.Module):
@@ -80,6 +80,15 @@ def normalise(x):
     return centred * (var + 1e-5).rsqrt(), mean, var * (n / (n - 1))
 
 
+def cartesian_candidates(k):
+    """Ranks (i, j), two int64 tensors, of the pairs that can be among the k largest sums of two descending
+    lists: those with (i + 1)(j + 1) <= k, 50 of 256 at k = 16. Each other pair is matched or beaten by k
+    pairs of better ranks, so leaving it out changes no value of the top k, ties and rounded sums included.
+    Keep as buffers."""
+    rank = torch.arange(1, k + 1)
+    return (rank[:, None] * rank <= k).nonzero(as_tuple=True)
+
+
 class Queries(nn.Module):
     """x (n, d) -> (n, h, 2, c): linear, then batchnorm of each of the 2hc features, layernorm of each query,
     or none. Starts at unit variance for x of unit variance."""
@@ -116,43 +125,6 @@ def topk_readable(q, sub_keys, k):
     return torch.einsum("nhpc,pmc->nhpm", q, sub_keys).topk(k, -1)
 
 
-class TopKLean(torch.autograd.Function):
-    """topk_readable without the (n, h, 2, m) scores, 64 KiB a token at h = 8, m = 1024, and without their
-    gradient: the kernel never has them, without it tokens pass in slices. For the sub-keys, backward puts a
-    slice's k gradients among zeros and multiplies, which adds in a fixed order everywhere."""
-
-    @staticmethod
-    def forward(ctx, q, sub_keys, k):
-        n, h, m = *q.shape[:2], sub_keys.shape[1]
-        if q.is_cuda and use_triton(q):                                 # a CPU could only interpret it
-            scores, indices = product_key_topk(q, sub_keys, k, kernel=True)
-        else:
-            scores, indices = q.new_empty(n, h, 2, k), q.new_empty(n, h, 2, k, dtype=torch.int32)
-            for part, s, i in slices(2 * h * m, q, scores, indices):
-                s[:], i[:] = product_key_topk(part, sub_keys, k, kernel=False)
-        ctx.save_for_backward(q, sub_keys, indices)
-        ctx.mark_non_differentiable(indices)
-        return scores, indices
-
-    @staticmethod
-    def backward(ctx, d_scores, _):
-        q, sub_keys, indices = ctx.saved_tensors
-        h, m, d_keys = q.shape[1], sub_keys.shape[1], torch.zeros_like(sub_keys)
-        first = m * torch.arange(2, dtype=indices.dtype, device=q.device).unsqueeze(1)      # key of each half
-        dq = sum_rows(d_scores.flatten(0, 2), sub_keys.flatten(0, 1), (indices + first).flatten(0, 2))
-        for part, d, i in slices(2 * h * m, q, d_scores, indices):
-            full = d.new_zeros(len(d), h, 2, m).scatter_(-1, i.long(), d)
-            d_keys += torch.einsum("nhpm,nhpc->pmc", full, part)
-        return dq.view_as(q), d_keys, None
-
-
-def slices(width, *tensors):
-    """Cuts tensors along their tokens so that `width` numbers a token fill 2 MiB, a core's cache (GPU: 64):
-    smaller slices pay for their launches, larger ones leave the cache."""
-    step = max(1, (2 ** 19 if tensors[0].device.type == "cpu" else 2 ** 24) // width)
-    return zip(*(t.split(step) for t in tensors))
-
-
 # ---- experts: x (n, d), table (N, 2, d), experts idx (n, R), gate (n, R) -> y (n, d)
 # ---- PKM: table (N, 1, d), which holds v alone, and activation None
 
@@ -164,83 +136,6 @@ def experts_readable(x, table, idx, gate, activation):
     if activation:
         gate = ACTIVATIONS[activation](torch.einsum("nd,nrd->nr", x, *u)) * gate
     return torch.einsum("nr,nrd->nd", gate, v)
-
-
-def dot_rows(x, rows, idx):
-    """h[t, r] = x[t] . rows[idx[t, r]], (n, R), gathering the rows of one slice of tokens at a time."""
-    h, (R, d) = x.new_empty(idx.shape), (idx.shape[1], x.shape[1])
-    for part, i, out in slices(R * d, x, idx, h):
-        torch.bmm(rows.index_select(0, i.flatten()).view(-1, R, d), part.unsqueeze(2), out=out.unsqueeze(2))
-    return h
-
-
-def sum_rows(weight, rows, idx):
-    """y[t] = sum_r weight[t, r] rows[idx[t, r]], (n, d), row after row, without a copy."""
-    return F.embedding_bag(idx, rows, mode="sum", per_sample_weights=weight)
-
-
-def lean_forward(x, table, idx, gate, activation):
-    """y, and the pre-activations h (n, R) (PKM: None)."""
-    parts, rows = table.shape[1], table.view(-1, x.shape[1])            # u of expert e in row 2e, v in 2e + 1
-    h = dot_rows(x, rows, idx * parts) if activation else None
-    a = ACTIVATIONS[activation](h) * gate if activation else gate
-    return sum_rows(a, rows, idx * parts + parts - 1), h
-
-
-def lean_backward_tokens(dy, table, idx, gate, h, activation):
-    """dx, the gradient of h, the weighted activation a, the gradient of the gates."""
-    parts, rows = table.shape[1], table.view(-1, dy.shape[1])
-    da = dot_rows(dy, rows, idx * parts + parts - 1)
-    if not activation:
-        return None, None, gate, da
-    value, dh = ACTIVATIONS[activation](h), ACTIVATION_GRADS[activation](da * gate, h)
-    return sum_rows(dh, rows, idx * parts), dh, value * gate, da * value
-
-
-def lean_backward_table(x, dy, dh, a, idx, n_expert, out, accumulate):
-    """Adds dh x to the u, and a dy to the v, of each token's experts, token after token."""
-    weight, source = ([a], [dy]) if dh is None else ([dh, a], [x, dy])
-    weight, source = torch.stack(weight, 2).unsqueeze(3), torch.stack(source, 1).unsqueeze(1)
-    out = out if accumulate else x.new_zeros(n_expert, weight.shape[2], x.shape[1])
-    for i, w, s in slices(weight[0].numel() * x.shape[1], idx, weight, source):
-        out.view(len(out), -1).index_add_(0, i.flatten(), (w * s).flatten(0, 1).flatten(1))
-    return out
-
-
-PASSES = dict(lean=(lean_forward, lean_backward_tokens, lean_backward_table),
-              fused=(peer_forward, peer_backward_tokens, peer_backward_table))
-
-
-class GatheredExperts(torch.autograd.Function):
-    """experts_readable without the gathered rows: keeps x, idx, gates and pre-activations (n, R) for
-    backward, which reads the rows again. `path` lean: plain PyTorch; fused: the Triton kernels. Both write
-    the table's gradient in a fixed order, with one exception: lean on CUDA, PKM's path, adds atomically.
-
-    That gradient: without a .grad on the table, backward returns a dense one, as any function does. With one,
-    it adds its rows to that and returns None; autograd would first fill another tensor, 2 GiB at N = 2^20,
-    mostly with zeros, and then add it. Either way loss.backward() accumulates as ever. Keep the buffer, by
-    zero_grad(set_to_none=False), on a CPU, where fresh memory is dear; drop it on CUDA, whose allocator keeps
-    it. torch.autograd.grad of a table needs table.grad = None.
-    """
-
-    @staticmethod
-    def forward(ctx, x, table, idx, gate, activation, path):
-        y, h = PASSES[path][0](x, table, idx, gate, activation)
-        ctx.save_for_backward(x, table, idx, gate, h)
-        ctx.activation, ctx.path = activation, path
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, table, idx, gate, h = ctx.saved_tensors
-        _, backward_tokens, backward_table = PASSES[ctx.path]
-        dx, dh, a, d_gate = backward_tokens(dy, table, idx, gate, h, ctx.activation)
-        if not ctx.needs_input_grad[1]:
-            return dx, None, None, d_gate, None, None
-        kept = table.grad if table.is_leaf and not torch.compiler.is_compiling() else None
-        grad = backward_table(x, dy, dh, a, idx, len(table), kept, accumulate=kept is not None)
-        return dx, grad if kept is None else None, None, d_gate, None, None
 
 
 def choose_path(wanted, table):

@@ -428,7 +428,7 @@ class SampleTop1(Router):
 class Domain(nn.Module):
     """DEMix (Gururangan et al. 2108.05036): the expert of the sequence's known domain; nothing is learned.
     Without a label (sampling) every layer averages its experts' outputs, a stand-in: the paper mixes the
-    predictions of whole models by the posterior of the domain, as ensemble.py does.
+    predictions of whole models by the posterior of the domain, as grow.ensemble does.
 
     gate: constant. causal: yes. neighbours: none.
     """

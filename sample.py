@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import CheckpointError, load_model
-from config import ConfigError, Parser, fail, parse, sparse_layers
+from runtime.checkpoint import CheckpointError, load_model
+from runtime.config import ConfigError, Parser, fail, parse, sparse_layers
 from data.binfile import DataError
 from routers import Stats
 from settings import ROUTERS

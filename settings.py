@@ -72,7 +72,7 @@ class FFNConfig:
                            low=1)
     d_expert: int = opt(0, "hidden width of one expert (0: d_ff / granularity)", low=0)
     n_frozen: int = opt(0, "the first n_frozen experts of every sparse layer, counted after the granularity "
-                           "split, never change in training (lifelong.py expand, btx.py mix "
+                           "split, never change in training (grow.lifelong expand, grow.btx mix "
                            "--freeze-experts)", low=0)
     frozen_routes: bool = opt(True, "their router rows do not change either (false: the whole router learns)")
     n_shared: int = opt(0, "experts that every token visits, each as wide as a routed one", low=0)

@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint as ck
-import parallel
-from config import ConfigError, Parser, add_settings, fail, load_config, parse, show
+from runtime import checkpoint
+from runtime import parallel
+from runtime.config import ConfigError, Parser, add_settings, fail, load_config, parse, show
 from data.batches import Batches, EvalBatches, token_counts
 from data.binfile import DataError
 from data.prepare import find_or_prepare
 from model import GPT
-from report import Log, StopSignal, TrainingError, describe, finish, progress
-from retain import Past, adapters
+from runtime.report import Log, StopSignal, TrainingError, describe, finish, progress
+from grow.retain import Past, adapters
 from sample import PLAIN, pick_device, sample_text
 
 HERE = Path(__file__).parent
@@ -194,15 +194,15 @@ class Trainer:
     def save(self, out):
         """Writes everything that is needed to go on exactly."""
         model = parallel.gather(self.model.state_dict(keep_vars=True))
-        optimizer = parallel.gather(ck.optimizer_tensors(self.model, self.optimizer))
+        optimizer = parallel.gather(checkpoint.optimizer_tensors(self.model, self.optimizer))
         if parallel.rank() == 0:
-            ck.save_last(out, self.header(), model, optimizer, keep_previous=self.config.train.keep == "all")
+            checkpoint.save_last(out, self.header(), model, optimizer, keep_previous=self.config.train.keep == "all")
 
     def restore(self, saved):
         """Takes up a Checkpoint where it stopped."""
-        ck.check_text(saved, self.batches.checksums, self.config)
-        ck.load_weights(self.model, parallel.spread(saved.model, self.model), "the checkpoint")
-        ck.load_optimizer(self.model, self.optimizer, parallel.spread(saved.optimizer, self.model))
+        checkpoint.check_text(saved, self.batches.checksums, self.config)
+        checkpoint.load_weights(self.model, parallel.spread(saved.model, self.model), "the checkpoint")
+        checkpoint.load_optimizer(self.model, self.optimizer, parallel.spread(saved.optimizer, self.model))
         self.done, self.seconds = saved.header["step"], saved.header["seconds"]
         self.best, self.ancestry = saved.header["val_loss"], saved.header["ancestry"]
 
@@ -248,7 +248,7 @@ def make_ready(config, out, saved, quiet):
     t, d, device = config.train, config.data, resolve_device(config.train.device)
     parallel.check(config, device)
     t.dtype, why = resolve_dtype(t.dtype, device)
-    origin = saved or (ck.load_init(config, out) if t.init_from else None)
+    origin = saved or (checkpoint.load_init(config, out) if t.init_from else None)
     compiled, why_compiled = wants_compile(config, device)
     text = d.name, d.tokenizer, d.vocab_size, d.dir or None, d.max_tokens
     folders, tokenizer = find_or_prepare(*text, quiet)
@@ -270,11 +270,11 @@ def run(config, out, saved=None, quiet=False):
         trainer.restore(saved)
     elif origin:
         start = parallel.spread(origin.model, trainer.model) | adapters(trainer.model)
-        ck.load_weights(trainer.model, start, t.init_from)
+        checkpoint.load_weights(trainer.model, start, t.init_from)
         trainer.ancestry["parents"] = [origin.header["ancestry"]]
     else:
         trainer.model.set_token_counts(token_counts(folders, config.model.vocab_size))
-    ck.sign(trainer.ancestry, out, parallel.whole(trainer.model.embedding.weight))
+    checkpoint.sign(trainer.ancestry, out, parallel.whole(trainer.model.embedding.weight))
     if compiled:
         compile_or_say(trainer, say)
     try:
@@ -282,7 +282,7 @@ def run(config, out, saved=None, quiet=False):
     except ValueError as e:                             # a dispatch that these widths or this machine refuse
         raise ConfigError(str(e)) from None
     if parallel.rank() == 0:
-        ck.write_text(out / "config.toml", config.to_toml())
+        checkpoint.write_text(out / "config.toml", config.to_toml())
     with Log(out / "log.csv", trainer, say) as log, StopSignal() as stop, progress(trainer, quiet) as bar:
         loop(trainer, out, log, valid, stop, bar, say)
     finish(trainer, out, stop, say)
@@ -329,7 +329,7 @@ def assess(trainer, out, valid, say):
         if t.keep != "last" and (trainer.done or t.init_from):      # trained weights may stay the best
             state = parallel.gather(trainer.model.state_dict(keep_vars=True))
             if parallel.rank() == 0:
-                ck.save(out / ck.BEST, trainer.header(), state)
+                checkpoint.save(out / checkpoint.BEST, trainer.header(), state)
     say(f"step {trainer.done:>6}/{t.max_steps}  validation {loss:.4f} nats a token, {bpb:.4f} bits a byte"
         f"{'  (best so far)' if better and trainer.done else ''}")
     row = dict(val_loss=loss, val_bpb=bpb)
@@ -371,12 +371,12 @@ def open_run(argv, held):
     given = options.config or options.resume and options.out
     path = options.config if given else str(HERE / "configs" / "quick.toml")
     out = Path(options.out or Path("runs") / Path(path).stem)
-    held.enter_context(ck.Lock(out))
-    saved = ck.load_last(out) if options.resume else None
+    held.enter_context(checkpoint.Lock(out))
+    saved = checkpoint.load_last(out) if options.resume else None
     if saved:
-        return ck.resume_config(out, saved, options.config, overrides, print), out, saved, options.quiet
+        return checkpoint.resume_config(out, saved, options.config, overrides, print), out, saved, options.quiet
     config = load_config(path, overrides)
-    ck.claim(out, options.overwrite, [config.train.init_from, config.lifelong.teacher])
+    checkpoint.claim(out, options.overwrite, [config.train.init_from, config.lifelong.teacher])
     return config, out, None, options.quiet
 
 
@@ -385,7 +385,7 @@ def main(argv=None):
     try:
         with parallel.processes(), contextlib.ExitStack() as held:
             run(*parallel.from_rank0(lambda: open_run(argv, held)))
-    except (ConfigError, DataError, TrainingError, ck.CheckpointError, parallel.Lost, KeyboardInterrupt) as e:
+    except (ConfigError, DataError, TrainingError, checkpoint.CheckpointError, parallel.Lost, KeyboardInterrupt) as e:
         status = fail(e) if parallel.first() else 2
         return status if isinstance(e, (ConfigError, DataError, KeyboardInterrupt)) else 1
     return 0

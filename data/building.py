@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from data.binfile import DTYPES, DataError, dtype_for, sync_folder, write_bin
 from data.bpe import count_words, train_bpe
-from data.corpus import note
+from data.corpora.corpus import note
 from data.tokenizers import Tokenizer, next_cut
 
 FILES = ("train.bin", "val.bin", "tokenizer.json")

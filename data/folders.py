@@ -10,8 +10,8 @@ from pathlib import Path
 
 from data.binfile import DataError, read_header, verify_payload
 from data.building import FILES
-from data.corpus import note, short_hash
-from data.sources import corpus_name, symbols_tokenizer
+from data.corpora.corpus import note, short_hash
+from data.corpora.sources import corpus_name, symbols_tokenizer
 from data.tokenizers import Tokenizer
 
 try:

@@ -13,9 +13,9 @@ from contextlib import suppress
 
 from data.binfile import DataError, read_header
 from data.building import FILES, build, train_tokenizer
-from data.corpus import note, short_hash
+from data.corpora.corpus import note, short_hash
 from data.folders import KINDS, PREPARED, check_tokenizer, folder_of, inspect_folder, one_at_a_time
-from data.sources import NAMES, corpus_name, is_known, resolve, takes_source
+from data.corpora.sources import NAMES, corpus_name, is_known, resolve, takes_source
 from data.tokenizers import Tokenizer
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import CheckpointError, write_text
-from config import ConfigError, Parser, fail, load_config, parse
-from lab.bench_moe import MOE_SHAPES, bench_moe
-from lab.bench_peer import PEER_SHAPES, bench_peer
-from lab.measure import INPUTS, Arm, BenchError, ceiling_rows, find_machine, measure, print_table
+from runtime.checkpoint import CheckpointError, write_text
+from runtime.config import ConfigError, Parser, fail, load_config, parse
+from lab.timing.moe import MOE_SHAPES, bench_moe
+from lab.timing.peer import PEER_SHAPES, bench_peer
+from lab.timing.measure import INPUTS, Arm, BenchError, ceiling_rows, find_machine, measure, print_table
 from model import GPT
 from train import build_optimizer, precision
 

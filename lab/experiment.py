@@ -21,18 +21,18 @@ import os
 import sys
 from pathlib import Path
 
-import checkpoint as ck
-from config import ConfigError, Parser, fail, parse
+from runtime import checkpoint
+from runtime.config import ConfigError, Parser, fail, parse
 from data.binfile import DataError
-from lab.arms import expand, shown, with_ancestors
-from lab.curves import CURVE
-from lab.expressions import Table, derive
-from lab.figures import check_panels, experiment_figure
-from lab.jobs import is_done, read_record
-from lab.page import verdict_page
-from lab.runner import Runner, cores, prepare_corpora
-from lab.spec import SIZES, read_experiment
-from lab.verdict import concerns, read_claims
+from lab.papers.arms import expand, shown, with_ancestors
+from lab.drawing.curves import CURVE
+from lab.papers.expressions import Table, derive
+from lab.papers.figures import check_panels, experiment_figure
+from lab.papers.jobs import is_done, read_record
+from lab.papers.page import verdict_page
+from lab.papers.runner import Runner, cores, prepare_corpora
+from lab.papers.spec import SIZES, read_experiment
+from lab.papers.verdict import concerns, read_claims
 
 MEASURED = ["val_loss", "val_bpb", "active_params", "total_params", "flops_per_token", "tokens",
             "tokens_total", "tokens_per_second", "peak_mib", "max_expert_share", "min_expert_share",
@@ -124,7 +124,7 @@ class Experiment:
         title, table = self.spec.get("title", Path(self.path).stem), Table(rows, curves)
         here = {key: claim for key, claim in self.claims.items() if concerns(claim, self.size, names)}
         page = verdict_page(f"{title} ({self.size})", self.spec, here, rows, table, self.arms, self.failed)
-        ck.write_text(self.out / "verdict.md", page)
+        checkpoint.write_text(self.out / "verdict.md", page)
         figure = experiment_figure(self.spec.get("panel", []), title, self.spec.get("caption", ""), rows,
                                    curves, paths)
         if figure:
@@ -165,7 +165,7 @@ def write_table(path, rows, columns):
     writer.writeheader()
     writer.writerows({c: text(row.get(c)) for c in columns} for row in rows)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    ck.write_text(path, buffer.getvalue())
+    checkpoint.write_text(path, buffer.getvalue())
 
 
 # --- the program ---
@@ -184,7 +184,7 @@ def run(experiment, options):
         arms = with_ancestors(arms, options.only, experiment.path)
     jobs = options.jobs or experiment.spec.get(options.size, {}).get("jobs") or (
         cores() if options.size == "cpu" else 1)
-    with ck.Lock(arms[0].folder.parent):
+    with checkpoint.Lock(arms[0].folder.parent):
         for arm in arms:
             arm.folder.mkdir(parents=True, exist_ok=True)
         prepare_corpora(arms, options.quiet)
@@ -239,7 +239,7 @@ def main(argv=None):
             return run(experiment, options)
     except (ConfigError, DataError, KeyboardInterrupt) as e:
         return fail(e)
-    except ck.CheckpointError as e:
+    except checkpoint.CheckpointError as e:
         fail(e)
         return 1
     except BrokenPipeError:                             # the reader of --list, such as `head`, has enough

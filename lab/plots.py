@@ -21,12 +21,12 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from checkpoint import CheckpointError, has_run, load_model
-from config import ConfigError, Parser, fail, parse
+from runtime.checkpoint import CheckpointError, has_run, load_model
+from runtime.config import ConfigError, Parser, fail, parse
 from data.batches import EvalBatches
 from data.binfile import DataError
 from data.prepare import find_or_prepare
-from lab.runs import LogError, column, describe, differences, open_run, ratio, smooth
+from lab.drawing.logs import LogError, column, describe, differences, open_run, ratio, smooth
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 BLUE, RED, GREY = PALETTE[0], PALETTE[1], "#666666"
@@ -235,13 +235,13 @@ def draw(runs, out=None):
 
 def draw_ancestry(folder):
     """Writes the figure of ancestry, if the folder's model has one; yields its path."""
-    from lab.ancestry import ancestry_figure                # which draws with this file's frame and colours
+    from lab.drawing.ancestry import ancestry_figure                # which draws with this file's frame and colours
     if has_run(folder) and (figure := ancestry_figure(folder)):
         yield save(figure, Path(folder) / "ancestry.png")
 
 
 def is_made(folder):
-    """True for a model that btx.py or lifelong.py made and nobody trained yet: it has no log to draw."""
+    """True for a model that grow.btx or grow.lifelong made and nobody trained yet: it has no log to draw."""
     return has_run(folder) and not (Path(folder) / "log.csv").exists()
 
 

@@ -13,10 +13,10 @@ import math
 import sys
 from fnmatch import fnmatchcase
 
-from config import ConfigError, Parser, fail, nearest, parse
-from lab.fit import curves                      # noqa: F401 - for figures: all that they need is found here
-from lab.fit_runs import FitError, by_router, fit_clark, fit_krajewski
-from lab.laws import (C_F, C_R, CLARK, CLARK_CUTOFF, CLARK_NAMES, CLARK_REFIT, KRAJEWSKI, clark_loss,
+from runtime.config import ConfigError, Parser, fail, nearest, parse
+from lab.laws.fit import curves                      # noqa: F401 - for figures: all that they need is found here
+from lab.laws.fit_runs import FitError, by_router, fit_clark, fit_krajewski
+from lab.laws.laws import (C_F, C_R, CLARK, CLARK_CUTOFF, CLARK_NAMES, CLARK_REFIT, KRAJEWSKI, clark_loss,
                       compute_optimal, dense_flops, dense_optimal, effective_params, saturated_experts)
 
 CLARK_TEXT = "log10 L = a log10 N + b log10 Ê + c log10 N log10 Ê + d   (L in nats per token)"

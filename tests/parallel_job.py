@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import parallel
+from runtime import parallel
 import train
 from balance import btx_loss, importance_loss, switch_loss
 from peer import BatchNorm

@@ -9,14 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lab.bench as bench
-import lab.bench_moe as bench_moe
-import lab.bench_peer as bench_peer
-import lab.measure as measure
+from lab.timing import moe as bench_moe
+from lab.timing import peer as bench_peer
+from lab.timing import measure as measure
 import moe
 import peer
 from data import binfile
-from lab.bench_moe import MoEShape
-from lab.bench_peer import PEERShape
+from lab.timing.moe import MoEShape
+from lab.timing.peer import PEERShape
 from routers import Context
 
 TINY_MOE = MoEShape(T=64, d=32, E=8, k=2, n=16)

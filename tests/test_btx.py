@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import btx
-import checkpoint as ck
-import ensemble
-import parents
-import routes
+from grow import btx
+from runtime import checkpoint
+from grow import ensemble
+from grow import parents
+from grow import routing as routes
 import sample
 import train
-import units
-from config import ConfigError
+from grow import hidden_units as units
+from runtime.config import ConfigError
 from data.prepare import prepare
 from data.tokenizers import Tokenizer
 from moe import activation_of
@@ -361,16 +361,16 @@ def test_what_is_made_is_an_ordinary_run_folder(command, lab, tmp_path, capsys):
     before = {path: path.read_bytes() for run in ("seed", "a", "b") for path in (lab / run).iterdir()}
     out = tmp_path / "made"
     program(lab, command, *MADE[command], "--out", out)
-    model, config, tokenizer, header = ck.load_model(out, which="last")
-    assert header["step"] == 0 and header["val_loss"] == math.inf and ck.load(out / ck.LAST).optimizer == {}
+    model, config, tokenizer, header = checkpoint.load_model(out, which="last")
+    assert header["step"] == 0 and header["val_loss"] == math.inf and checkpoint.load(out / checkpoint.LAST).optimizer == {}
     assert header["ancestry"]["kind"] == command and header["ancestry"]["run"] == str(out)
     assert header["ancestry"]["parents"][0]["run"] == str(lab / MADE[command][0])
-    assert torch.equal(ck.load(out / ck.BEST).model["norm.weight"], model.norm.weight)
+    assert torch.equal(checkpoint.load(out / checkpoint.BEST).model["norm.weight"], model.norm.weight)
     assert f"made by: {command}" in sample.remarks(config, header)[0]
     trained(lab, tmp_path / "next", "one,two", {"train.init_from": out})
     assert train.main(["--out", str(out), "--resume", "--quiet"]) == 0
-    assert ck.load(out / ck.LAST).header["step"] == 6
-    assert ck.load(tmp_path / "next" / ck.LAST).header["ancestry"]["parents"][0]["kind"] == command
+    assert checkpoint.load(out / checkpoint.LAST).header["step"] == 6
+    assert checkpoint.load(tmp_path / "next" / checkpoint.LAST).header["ancestry"]["parents"][0]["kind"] == command
     assert sample.main([str(out), "--tokens", "3"]) == 0
     program(lab, "mix", out, tmp_path / "next", "--out", tmp_path / "again")
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -380,16 +380,16 @@ def test_what_is_made_is_an_ordinary_run_folder(command, lab, tmp_path, capsys):
 def test_a_mix_reads_the_corpora_of_its_branches(lab, tmp_path):
     more = ["--router", "switch", "--ffn.capacity_factor", "1.5"]
     program(lab, "mix", "a", "b", "--out", tmp_path / "mix", *more)
-    config = ck.load_model(tmp_path / "mix")[1]
+    config = checkpoint.load_model(tmp_path / "mix")[1]
     assert config.data.name == ["one", "two"] and config.train.init_from == ""
     assert config.ffn.router == "switch" and config.ffn.top_k == 1 and config.ffn.capacity_factor == 1.5
 
 
 def test_frozen_experts_stay_as_they_are_while_the_router_learns(lab, tmp_path):
     program(lab, "mix", "a", "b", "--out", tmp_path / "mix", "--freeze-experts")
-    before = ck.load(tmp_path / "mix" / ck.LAST).model
+    before = checkpoint.load(tmp_path / "mix" / checkpoint.LAST).model
     assert train.main(["--out", str(tmp_path / "mix"), "--resume", "--quiet"]) == 0
-    after = ck.load(tmp_path / "mix" / ck.LAST).model
+    after = checkpoint.load(tmp_path / "mix" / checkpoint.LAST).model
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == (".experts." in name), name
 
@@ -416,13 +416,13 @@ def test_mistakes_are_one_line_and_leave_nothing(args, said, lab, tmp_path, caps
 def test_a_folder_with_a_run_is_kept_unless_told_otherwise(lab, tmp_path, capsys):
     out = tmp_path / "made"
     program(lab, "merge", "a", "b", "--out", out)
-    before = (out / ck.LAST).read_bytes()
+    before = (out / checkpoint.LAST).read_bytes()
     program(lab, "mix", "a", "b", "--out", out, status=2)
-    assert "--overwrite" in capsys.readouterr().err and (out / ck.LAST).read_bytes() == before
+    assert "--overwrite" in capsys.readouterr().err and (out / checkpoint.LAST).read_bytes() == before
     program(lab, "mix", "a", "b", "--out", out, "--overwrite")
-    assert ck.load_model(out)[1].ffn.kind == "moe"
+    assert checkpoint.load_model(out)[1].ffn.kind == "moe"
     program(lab, "mix", "a", out, "--out", out, "--overwrite", status=2)        # a parent is never replaced
-    assert "choose another folder" in capsys.readouterr().err and ck.has_run(out)
+    assert "choose another folder" in capsys.readouterr().err and checkpoint.has_run(out)
 
 
 def test_strangers_can_be_averaged_with_a_warning(lab, tmp_path, capsys):

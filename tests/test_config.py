@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-import config as c
-from config import Config, ConfigError, load_config
+from runtime import config as c
+from runtime.config import Config, ConfigError, load_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,10 +21,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from data import arithmetic, binfile, building, downloads, markov, sources, stdlib, textfiles
+from data.corpora import arithmetic, downloads, markov, sources, stdlib, textfiles
+from data import binfile, building
 from data.batches import BLOCK, Batches, EvalBatches, quotas_of
 from data.binfile import DataError, open_bin, read_header, write_bin
-from data.corpus import split_of
+from data.corpora.corpus import split_of
 from data.folders import folder_of, inspect_folder
 from data.prepare import find_or_prepare, main, prepare
 from data.tokenizers import Tokenizer

@@ -18,19 +18,20 @@ import pytest
 import torch
 
 import train
-from config import ConfigError, load_config
+from runtime.config import ConfigError, load_config
 from data.prepare import prepare
-from lab import experiment, jobs
-from lab.arms import executable, expand, with_ancestors
-from lab.curves import thin
-from lab.evaluate import evaluate, routing, use_of_experts
+from lab import experiment
+from lab.papers import jobs
+from lab.papers.arms import executable, expand, with_ancestors
+from lab.drawing.curves import thin
+from lab.papers.evaluate import evaluate, routing, use_of_experts
 from lab.experiment import Experiment, read_table
-from lab.expressions import Table, derive
-from lab.figures import experiment_figure
-from lab.fit_claims import judge_test
-from lab.laws import Krajewski
-from lab.spec import read_experiment
-from lab.verdict import HELD, NOT, concerns, judge, read_claims
+from lab.papers.expressions import Table, derive
+from lab.papers.figures import experiment_figure
+from lab.papers.fit_claims import judge_test
+from lab.laws.laws import Krajewski
+from lab.papers.spec import read_experiment
+from lab.papers.verdict import HELD, NOT, concerns, judge, read_claims
 
 ROOT = Path(__file__).parent.parent
 # What stands in for training where only the runner is looked at: it notes that it ran, and fails if told to.
@@ -281,7 +282,7 @@ def test_stopped_training_goes_on_to_the_same_result(corpora, capsys):
 
 
 def test_two_runners_do_not_share_a_folder(here, capsys):
-    from checkpoint import Lock
+    from runtime.checkpoint import Lock
     with Lock(here / "runs/fast/cpu"):
         main("fast.toml", status=1)
     assert "another process is using" in capsys.readouterr().err

@@ -1,5 +1,5 @@
 """What users and machines do to a run: kills, full disks, folders that cannot be written, files that are not
-what they should be, settings at random. tests/torture.py does the same for as long as asked."""
+what they should be, settings at random. tests.torture does the same for as long as asked."""
 import contextlib
 import json
 import os
@@ -12,16 +12,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-import btx
-import checkpoint as ck
-import lifelong
+from grow import btx
+from runtime import checkpoint
+from grow import lifelong
 import sample
 import train
 from data import prepare as preparing
-from lab import evaluate, experiment, plots
-from torture_configs import check_config
-from torture_home import ROOT, Home, call
-from torture_inputs import CASES
+from lab.papers import evaluate
+from lab import experiment, plots
+from torture.configs import check_config
+from torture.home import ROOT, Home, call
+from torture.inputs import CASES
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +100,14 @@ def fill(folder, leave=0):
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(home, tmp_path):
     with small_disk(tmp_path / "disk", 4) as disk:
         assert home.train(disk / "run", {}).status == 0
-        before = (disk / "run" / ck.LAST).read_bytes()
+        before = (disk / "run" / checkpoint.LAST).read_bytes()
         fill(disk, 20_000)                                  # enough for the log
         result = call(train.main, "--out", disk / "run", "--resume", "--quiet", "--train.max_steps", "5",
                       "--train.keep", "last")
         assert result.status == 1
         said = refused(result, "disk is full", "ckpt_new.pt")
         assert float(re.search(r"needs at least ([\d.]+) MB", said)[1]) >= 0.9 * len(before) / 1e6
-        assert (disk / "run" / ck.LAST).read_bytes() == before and not list((disk / "run").glob(".ckpt*"))
+        assert (disk / "run" / checkpoint.LAST).read_bytes() == before and not list((disk / "run").glob(".ckpt*"))
         (disk / "filler").unlink()
         assert call(train.main, "--out", disk / "run", "--resume", "--quiet").status == 0
 
@@ -119,7 +120,7 @@ def test_a_log_that_does_not_fit_on_the_disk_stops_the_run_with_what_is_needed(h
                       "--train.eval_every", "0")
         said = refused(result, "log.csv", "disk is full")
         assert result.status == 1 and float(re.search(r"needs at least ([\d.]+) MB", said)[1]) > 0.2
-        assert ck.load(disk / "run" / ck.LAST).header["step"] == 2
+        assert checkpoint.load(disk / "run" / checkpoint.LAST).header["step"] == 2
 
 
 def test_data_that_does_not_fit_on_the_disk_leaves_the_old(tmp_path):
@@ -155,8 +156,8 @@ def test_folders_that_cannot_be_written_are_one_line_and_what_only_reads_works(h
 def test_another_users_folder_is_one_line(home, tmp_path):
     """As user nobody, who reads but does not write."""
     code = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import checkpoint as ck; os.setuid(65534)\n"
-            "try: ck.Lock('/').__enter__()\n"
-            "except ck.CheckpointError as e: print(e)")
+            "try: checkpoint.Lock('/').__enter__()\n"
+            "except checkpoint.CheckpointError as e: print(e)")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "Permission denied" in said.stdout and "--out" in said.stdout, said.stderr
 
@@ -199,28 +200,28 @@ def test_a_run_does_not_go_on_with_another_text(home, tmp_path):
 
 
 def test_checkpoints_of_other_code_say_what_differs(home, tmp_path):
-    header, model, optimizer = ck.load(home.folder / "moe" / ck.LAST)
+    header, model, optimizer = checkpoint.load(home.folder / "moe" / checkpoint.LAST)
     other = json.loads(json.dumps(header))
     other["config"]["ffn"]["n_experts"] = other["config"]["ffn"].pop("n_expert")
-    ck.save(tmp_path / "renamed.pt", other, model)
-    with pytest.raises(ck.CheckpointError, match=r"renamed.pt: .*ffn.n_experts.*did you mean ffn.n_expert\?"):
-        ck.load(tmp_path / "renamed.pt")
+    checkpoint.save(tmp_path / "renamed.pt", other, model)
+    with pytest.raises(checkpoint.CheckpointError, match=r"renamed.pt: .*ffn.n_experts.*did you mean ffn.n_expert\?"):
+        checkpoint.load(tmp_path / "renamed.pt")
     newer = dict(header=json.dumps(header | {"format": 7}), model=model, optimizer={})
     torch.save(newer, tmp_path / "newer.pt")
-    with pytest.raises(ck.CheckpointError, match="newer.pt: has format 7, this code reads format 1"):
-        ck.load(tmp_path / "newer.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="newer.pt: has format 7, this code reads format 1"):
+        checkpoint.load(tmp_path / "newer.pt")
     for part in ("step", "config", "tokenizer", "ancestry"):
         without = {k: v for k, v in header.items() if k != part}
-        ck.save(tmp_path / "part.pt", without, model)
-        with pytest.raises(ck.CheckpointError, match="part.pt: not a checkpoint of this program"):
-            ck.load(tmp_path / "part.pt")
+        checkpoint.save(tmp_path / "part.pt", without, model)
+        with pytest.raises(checkpoint.CheckpointError, match="part.pt: not a checkpoint of this program"):
+            checkpoint.load(tmp_path / "part.pt")
 
 
 def test_a_run_killed_before_its_first_checkpoint_says_how_to_go_on(home, tmp_path):
     run = tmp_path / "run"
     assert home.train(run, {}).status == 0
-    (run / ck.LAST).unlink()
-    assert not (run / ck.PREVIOUS).exists()
+    (run / checkpoint.LAST).unlink()
+    assert not (run / checkpoint.PREVIOUS).exists()
     refused(call(train.main, "--out", run, "--resume", "--quiet"), "ckpt_best.pt alone", "--overwrite")
     assert home.train(run, {}, "--overwrite").status == 0
     for path in run.glob("ckpt_*"):

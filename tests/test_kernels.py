@@ -1,4 +1,4 @@
-"""kernels.py and kernels_peer.py: each kernel and each twin against float64 autograd of the defining formula.
+"""kernels/: each kernel and each twin against float64 autograd of the defining formula.
 
 On a GPU the kernels run there. Without one they run in Triton's interpreter: conftest.py sets
 TRITON_INTERPRET=1 before any test file is imported, hence before triton can be, and every call here says
@@ -8,7 +8,7 @@ bfloat16 for integers, hence one skip. Any NumPy will do: the one thing that Tri
 NumPy < 2.3 for, a `for` with a bound read from memory, the kernels do not use (3.6.0 and 3.7.1 ran with
 NumPy 2.4.6).
 """
-import importlib.util
+import importlib
 import sys
 
 import pytest
@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-import kernels
-import kernels_peer
-from kernels import gated_activation, gated_activation_backward, permute, unpermute
-from kernels_peer import (cartesian_candidates, peer_backward_table, peer_backward_tokens, peer_forward,
-                          product_key_topk)
+from kernels import common, peer as kernels_peer
+from kernels.moe import gated_activation, gated_activation_backward, permute, unpermute
+from kernels.peer import peer_backward_table, peer_backward_tokens, peer_forward
+from kernels.product_keys import product_key_topk
+from peer import cartesian_candidates
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-RUNS = kernels.HAS_TRITON and (CUDA or kernels.INTERPRETED)
+RUNS = common.HAS_TRITON and (CUDA or common.INTERPRETED)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 needs_kernel = pytest.mark.skipif(not RUNS, reason="needs triton, and a GPU or TRITON_INTERPRET=1")
 kernel_or_twin = pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernel), False])
@@ -230,7 +230,7 @@ def test_product_key_topk_is_exact_with_ties_to_the_lower_index(T, heads, n, d, 
 @kernel_or_twin
 @either_dtype
 def test_product_key_topk_equals_torch_topk(kernel, dtype):
-    if kernel and dtype == torch.bfloat16 and kernels.INTERPRETED:
+    if kernel and dtype == torch.bfloat16 and common.INTERPRETED:
         pytest.skip("Triton's interpreter multiplies the bit patterns of bfloat16")
     q, keys = randn(4, 3, 2, 24, dtype=dtype), randn(2, 150, 24, dtype=dtype)
     scores, indices = product_key_topk(q, keys, 8, kernel)
@@ -269,10 +269,10 @@ def test_too_many_sub_keys_asked_for():
 def test_the_rule(monkeypatch):
     x = torch.ones(2, 2)
     for interpreted in (False, True):
-        monkeypatch.setattr(kernels, "INTERPRETED", interpreted)
-        assert kernels.use_triton(x) == (kernels.HAS_TRITON and interpreted)
-        assert not kernels.use_triton(x.double())
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+        monkeypatch.setattr(common, "INTERPRETED", interpreted)
+        assert common.use_triton(x) == (common.HAS_TRITON and interpreted)
+        assert not common.use_triton(x.double())
+    monkeypatch.setattr(common, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="float32 on cpu|not installed"):
         permute(x, torch.arange(2), 1, kernel=True)
 
@@ -287,13 +287,11 @@ def test_a_kernel_refuses_to_lose_a_gradient():
 
 
 def test_without_triton(monkeypatch):
-    """Both files import, the twins run, and a kernel that is asked for says what is missing."""
+    """The files import, the twins run, and a kernel that is asked for says what is missing."""
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in ("kernels", "kernels_peer"):
-        spec = importlib.util.spec_from_file_location(name, importlib.import_module(name).__file__)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)                    # kernels_peer finds this kernels
-        spec.loader.exec_module(module)
+    for name in [name for name in sys.modules if name.split(".")[0] == "kernels"]:
+        monkeypatch.delitem(sys.modules, name)                          # so that it is imported anew
+    module = importlib.import_module("kernels.peer")
     assert module.choose.__globals__["HAS_TRITON"] is False
     x, dy, W, idx, s = (t.cpu() for t in peer_problem(2, 3, 8, 5))
     y, _ = module.peer_forward(x, W, idx, s, "gelu")

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint as ck
-import lifelong
-import retain
+from runtime import checkpoint
+from grow import lifelong
+from grow import retain
 import train
-from config import ConfigError, load_config, resolve
+from runtime.config import ConfigError, load_config, resolve
 from data.batches import Batches
 from data.prepare import prepare
 from model import GPT
@@ -59,15 +59,15 @@ def trainer_of(home, origin, **settings):
     keys |= settings
     config = load_config(None, [(k, str(v)) for k, v in keys.items()])
     config.train.dtype = "float32"
-    saved = ck.load_init(config, home)
+    saved = checkpoint.load_init(config, home)
     folders, tokenizer = train.find_or_prepare("two", "byte", 4096, home / "prepared", 0, True)
     trainer = train.Trainer(config, folders, tokenizer, torch.device("cpu"))
-    ck.load_weights(trainer.model, saved.model | retain.adapters(trainer.model), origin)
+    checkpoint.load_weights(trainer.model, saved.model | retain.adapters(trainer.model), origin)
     return trainer
 
 
-def weights(out, name=ck.LAST):
-    return ck.load(out / name).model
+def weights(out, name=checkpoint.LAST):
+    return checkpoint.load(out / name).model
 
 
 def rows(out):
@@ -113,7 +113,7 @@ def test_frozen_rows_are_not_in_the_norm_that_clips(home):
 
 def test_with_free_routes_only_the_experts_stay(home, tmp_path):
     go_on(home, tmp_path / "run", "old", **{"ffn.n_frozen": 4, "ffn.frozen_routes": "false"})
-    old, new = weights(home / "old", ck.BEST), weights(tmp_path / "run")
+    old, new = weights(home / "old", checkpoint.BEST), weights(tmp_path / "run")
     for name in old:
         assert torch.equal(old[name], new[name]) == (".experts." in name), name
 
@@ -131,7 +131,7 @@ def test_n_frozen_is_checked_also_against_a_model_that_comes_from_elsewhere(home
 
 def test_named_parameters_stay_and_a_name_that_is_none_is_an_error(home, tmp_path, capsys):
     go_on(home, tmp_path / "run", "old", **{"lifelong.freeze": "head.weight,blocks.?.attention.*"})
-    old, new = weights(home / "old", ck.BEST), weights(tmp_path / "run")
+    old, new = weights(home / "old", checkpoint.BEST), weights(tmp_path / "run")
     for name in old:                                    # the head is tied to the embedding
         stays = name in ("embedding.weight", "head.weight") or ".attention." in name
         assert torch.equal(old[name], new[name]) == stays, name
@@ -179,7 +179,7 @@ def test_with_new_logits_at_minus_infinity_the_old_logits_are_bit_equal(router, 
 
 
 def test_copies_are_of_distinct_experts_and_their_routes_do_not_tie(home):
-    old, new = weights(home / "old", ck.BEST), weights(home / "grown")
+    old, new = weights(home / "old", checkpoint.BEST), weights(home / "grown")
     for layer in range(2):
         experts, score = f"blocks.{layer}.ffn.experts.", f"blocks.{layer}.ffn.router.score.weight"
         sources = [next(e for e in range(4) if torch.equal(old[experts + "w_in"][e], row))
@@ -194,8 +194,8 @@ def test_copies_are_of_distinct_experts_and_their_routes_do_not_tie(home):
 def test_expand_makes_a_run_folder_and_says_what_changed(home, tmp_path, capsys):
     assert lifelong.main(["expand", str(home / "old"), "--add", "2", "--out", str(tmp_path / "six")]) == 0
     said = capsys.readouterr().out
-    old, _, _, _ = ck.load_model(home / "old")
-    model, config, tokenizer, header = ck.load_model(tmp_path / "six")
+    old, _, _, _ = checkpoint.load_model(home / "old")
+    model, config, tokenizer, header = checkpoint.load_model(tmp_path / "six")
     f, ancestry = config.ffn, header["ancestry"]
     assert (f.n_expert, f.n_frozen, f.frozen_routes, f.balance) == (6, 4, True, "none")
     assert ancestry["kind"] == "expand" and ancestry["parents"][0]["run"] == str(home / "old")
@@ -210,7 +210,7 @@ def test_expand_makes_a_run_folder_and_says_what_changed(home, tmp_path, capsys)
     # and it is like any other: it samples, resumes, is expanded again, and starts another run
     assert isinstance(sample_text(model, tokenizer, tokens=5), str)
     lifelong.expand(tmp_path / "six", 2, tmp_path / "eight")
-    _, config, _, header = ck.load_model(tmp_path / "eight")
+    _, config, _, header = checkpoint.load_model(tmp_path / "eight")
     assert (config.ffn.n_expert, config.ffn.n_frozen) == (8, 6)
     assert header["ancestry"]["parents"][0]["kind"] == "expand"
     assert train.main(["--out", str(tmp_path / "six"), "--resume", "--quiet"]) == 0
@@ -220,21 +220,21 @@ def test_expand_makes_a_run_folder_and_says_what_changed(home, tmp_path, capsys)
 def test_expand_of_split_experts_counts_before_the_split(home, tmp_path):
     run(home, tmp_path / "split", **TINY | {"ffn.granularity": 2, "train.max_steps": 1})
     lifelong.expand(tmp_path / "split", 1, tmp_path / "out", say=lambda text: None)
-    config = ck.load_model(tmp_path / "out")[1]
+    config = checkpoint.load_model(tmp_path / "out")[1]
     assert (config.ffn.n_expert, config.ffn.experts, config.ffn.n_frozen) == (5, 10, 8)
 
 
 def test_without_its_corpus_the_divergence_is_of_random_tokens_and_says_so(home, tmp_path, capsys):
     run(home, tmp_path / "run", **TINY | {"train.max_steps": 1})
-    saved = ck.load(tmp_path / "run" / ck.BEST)
+    saved = checkpoint.load(tmp_path / "run" / checkpoint.BEST)
     saved.header["config"]["data"]["name"] = "a corpus that is gone"
-    ck.save(tmp_path / "run" / ck.BEST, saved.header, saved.model)
+    checkpoint.save(tmp_path / "run" / checkpoint.BEST, saved.header, saved.model)
     lifelong.expand(tmp_path / "run", 1, tmp_path / "out")
     assert "one batch of random tokens (no text: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("settings, wanted", [
-    ({"ffn.kind": "dense"}, "btx.py upcycle"),
+    ({"ffn.kind": "dense"}, "grow.btx upcycle"),
     ({"ffn.kind": "peer", "ffn.n_keys": 4, "ffn.peer_top_k": 2}, "pair of sub-keys"),
     ({"ffn.router": "hash", "ffn.top_k": 1}, "its table"),
     ({"ffn.router": "expert_choice"}, "would take fewer"),
@@ -256,7 +256,7 @@ def test_expand_refuses_what_would_overwrite(home, tmp_path, capsys):
     assert "is what the new run is made from" in capsys.readouterr().err
     assert lifelong.main(["expand", str(tmp_path / "none"), *out]) == 1
     assert lifelong.main(["expand", str(home / "old"), "--out", str(tmp_path / "x"), "--add", "0"]) == 2
-    assert not (tmp_path / "x").exists() and ck.has_run(home / "old")
+    assert not (tmp_path / "x").exists() and checkpoint.has_run(home / "old")
 
 
 # --- the old model in the objective ---
@@ -282,7 +282,7 @@ def test_the_objective_holds_both_terms_once_and_no_reported_loss_does(home):
     with torch.no_grad():
         held.model.embedding.weight += 0.01
         plain.model.embedding.weight += 0.01
-    old = ck.load_model(home / "old")[0]
+    old = checkpoint.load_model(home / "old")[0]
     assert held.past.folder == home / "old"
     x = torch.cat([held.batches.batch(0, micro, 2)[0] for micro in range(2)])
     with torch.no_grad():
@@ -363,7 +363,7 @@ LORA = {"lifelong.lora_rank": 3, "lifelong.lora_alpha": 6.0, "train.lr": 0.05}
 @pytest.mark.parametrize("origin", ["dense", "old"])
 def test_adapters_start_as_the_model_learn_alone_and_fold_away(origin, home, tmp_path):
     trainer = trainer_of(home, origin, **LORA)
-    old, _, tokenizer, _ = ck.load_model(home / origin)
+    old, _, tokenizer, _ = checkpoint.load_model(home / origin)
     x = batch_of(T=16)[0]
     assert torch.equal(trainer.model.eval()(x).logits, old(x).logits)
     learning = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -374,7 +374,7 @@ def test_adapters_start_as_the_model_learn_alone_and_fold_away(origin, home, tmp
     trained, before = trainer.model.state_dict(), old.state_dict()
     assert all(torch.equal(trained[n], t) for n, t in before.items())
     trainer.save(tmp_path)
-    plain, config, _, _ = ck.load_model(tmp_path, which="last")
+    plain, config, _, _ = checkpoint.load_model(tmp_path, which="last")
     folded = plain.state_dict()
     moved = {n for n in before if not torch.equal(folded[n], before[n])}
     assert moved == {n.replace(".lora_a", ".weight") for n in learning if n.endswith("a")}
@@ -412,22 +412,22 @@ def test_resume_is_exact(kind, home, tmp_path):
     origin, settings = HOLDING[kind]
     for out in ("whole", "halves"):
         go_on(home, tmp_path / out, origin, **settings | {"train.grad_accum": 2})
-    (tmp_path / "halves" / ck.LAST).unlink()
-    os.replace(tmp_path / "halves" / ck.PREVIOUS, tmp_path / "halves" / ck.LAST)
-    assert ck.load(tmp_path / "halves" / ck.LAST).header["step"] == 2
+    (tmp_path / "halves" / checkpoint.LAST).unlink()
+    os.replace(tmp_path / "halves" / checkpoint.PREVIOUS, tmp_path / "halves" / checkpoint.LAST)
+    assert checkpoint.load(tmp_path / "halves" / checkpoint.LAST).header["step"] == 2
     assert train.main(["--out", str(tmp_path / "halves"), "--resume", "--quiet"]) == 0
     seen = [[(r["step"], r["loss"], r["val_loss"], r["aux_loss"]) for r in rows(tmp_path / out)]
             for out in ("whole", "halves")]
     assert seen[0] == seen[1] and len(seen[0]) == 5
     for part in ("model", "optimizer"):
-        a, b = (getattr(ck.load(tmp_path / out / ck.LAST), part) for out in ("whole", "halves"))
+        a, b = (getattr(checkpoint.load(tmp_path / out / checkpoint.LAST), part) for out in ("whole", "halves"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_resume_without_the_old_model_says_what_is_missing_and_takes_another_place(home, tmp_path, capsys):
     lifelong.expand(home / "old", 1, tmp_path / "grown", say=lambda text: None)
     go_on(home, tmp_path / "run", tmp_path / "grown", **{"lifelong.distill": 1})
-    for name in (ck.BEST, ck.LAST):
+    for name in (checkpoint.BEST, checkpoint.LAST):
         (tmp_path / "grown" / name).unlink()
     again = ["--out", str(tmp_path / "run"), "--resume", "--quiet", "--train.max_steps", "5"]
     assert train.main(again) == 1

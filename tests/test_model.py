@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import all_fields, load_config, sparse_layers
+from runtime.config import all_fields, load_config, sparse_layers
 from model import GPT, Cache, NormOnCPU, RMSNorm, rotary_table, rotate
 from moe import Dense, MoE
 from settings import ONE_EXPERT

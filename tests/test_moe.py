@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import moe
 from balance import expert_counts
-from kernels import INTERPRETED, use_triton
+from kernels.common import INTERPRETED, use_triton
 from moe import (DISPATCH, Experts, ExpertByExpert, GroupedExperts, MoE, choose_dispatch, dispatch_fused,
                  dispatch_grouped, dispatch_loop, dispatch_padded, limit_capacity)
 from routers import Context, Routing, pairs
@@ -78,12 +78,7 @@ def outcome(path, x, r, experts, dy):
 def grouped_by(function, fused=False):
     """dispatch_grouped through one of the two autograd Functions, whatever the device would choose."""
     def path(x, r, experts):
-        saved = moe.ExpertByExpert, moe.GroupedExperts
-        moe.ExpertByExpert = moe.GroupedExperts = function
-        try:
-            return dispatch_grouped(x, r, experts, fused)
-        finally:
-            moe.ExpertByExpert, moe.GroupedExperts = saved
+        return dispatch_grouped(x, r, experts, fused, function)
     return path
 
 

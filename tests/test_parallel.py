@@ -16,10 +16,10 @@ from test_train import ROOT, TINY, rows, weights
 from tiny import KINDS as TINY_KINDS
 from tiny import batch_of, model_of
 
-import checkpoint as ck
-import parallel
+from runtime import checkpoint
+from runtime import parallel
 import train
-from config import load_config
+from runtime.config import load_config
 from data.prepare import prepare
 from settings import DIFFERS, ROUTERS
 
@@ -91,7 +91,7 @@ def results(folder):
              "locked": ["--out", str(folder / "locked"), "--resume"],
              "no run": ["--out", str(folder / "none"), "--resume"]}
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    with ck.Lock(folder / "locked"):
+    with checkpoint.Lock(folder / "locked"):
         process = torchrun(Path(__file__).with_name("parallel_job.py"), folder)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "Warning" not in err, out + err
@@ -179,13 +179,13 @@ def test_a_checkpoint_goes_on_with_any_number_of_processes(folder, results):
 
 def test_an_fsdp_checkpoint_is_one_plain_file(folder, results):
     """Same tensors, types, size and use as one that a single process wrote; tied weights are in it once."""
-    model, config, _, header = ck.load_model(folder / "topk fsdp")
+    model, config, _, header = checkpoint.load_model(folder / "topk fsdp")
     assert header["step"] == 6 and config.train.parallel == "fsdp"
     assert model(torch.zeros(1, 4, dtype=torch.int64)).logits.isfinite().all()
-    sharded, ddp = folder / "topk fsdp" / ck.LAST, folder / "topk ddp" / ck.LAST
+    sharded, ddp = folder / "topk fsdp" / checkpoint.LAST, folder / "topk ddp" / checkpoint.LAST
     assert abs(sharded.stat().st_size - ddp.stat().st_size) < 2000
     for part in ("model", "optimizer"):
-        a, b = getattr(ck.load(sharded), part), getattr(ck.load(ddp), part)
+        a, b = getattr(checkpoint.load(sharded), part), getattr(checkpoint.load(ddp), part)
         assert {n: (type(t), t.dtype, t.shape) for n, t in a.items()} == {n: (type(t), t.dtype, t.shape)
                                                                          for n, t in b.items()}
 

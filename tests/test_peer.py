@@ -9,17 +9,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
+import kernels.peer
+from kernels import common, product_keys
 import peer
-from config import load_config
+from runtime.config import load_config
 from model import GPT
 from moe import Dense
-from peer import PEER, BatchNorm, TopKLean, cartesian_candidates, choose_path, retrieve, topk_readable, usage
+from kernels.product_keys import TopKLean
+from peer import PEER, BatchNorm, cartesian_candidates, choose_path, retrieve, topk_readable, usage
 from routers import Context
 from settings import FFNConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CAN_FUSE = kernels.use_triton(torch.zeros(1, device=DEVICE))
+CAN_FUSE = common.use_triton(torch.zeros(1, device=DEVICE))
 fused = pytest.param("fused", marks=pytest.mark.skipif(not CAN_FUSE, reason="needs triton, and a GPU or its "
                                                                             "interpreter"))
 either_kind = pytest.mark.parametrize("kind", ["peer", "pkm"])
@@ -94,7 +96,8 @@ def test_candidates_are_few():
 
 def test_topk_lean_has_the_gradients_of_topk(monkeypatch):
     """And never holds the 8 x 2 x 2 x 9 scores, nor their gradient."""
-    monkeypatch.setattr(peer, "slices", cut_after(3))
+    for module in (kernels.peer, product_keys):
+        monkeypatch.setattr(module, "slices", cut_after(3))
     q, sub_keys = randn(8, 2, 2, 5, dtype=torch.float64), randn(2, 9, 5, seed=1, dtype=torch.float64)
     results, largest = [], []
     for topk in (topk_readable, TopKLean.apply):
@@ -167,7 +170,8 @@ def test_every_path_equals_float64_autograd(path, settings, monkeypatch):
     """Output, load and all gradients, in training, over slices of unequal length."""
     if path == "fused" and settings.get("kind") == "pkm":
         pytest.skip("PKM has no fused path")
-    monkeypatch.setattr(peer, "slices", cut_after(4))
+    for module in (kernels.peer, product_keys):
+        monkeypatch.setattr(module, "slices", cut_after(4))
     shape, device = (2, 7, 12), DEVICE if path == "fused" else "cpu"
     exact = outputs_and_gradients(make(dtype=torch.float64, **settings), randn(*shape, dtype=torch.float64),
                                   randn(*shape, seed=1, dtype=torch.float64))
@@ -303,7 +307,8 @@ def test_batchnorm_statistics():
 @pytest.mark.parametrize("path", ["readable", "lean"])
 def test_lean_never_holds_the_rows(path, kind, monkeypatch):
     """No tensor of lean reaches (n, R, d), made or saved; readable shows that the test sees one."""
-    monkeypatch.setattr(peer, "slices", cut_after(2))
+    for module in (kernels.peer, product_keys):
+        monkeypatch.setattr(module, "slices", cut_after(2))
     layer, n, d, saved = make(d=48, kind=kind, peer_path=path, n_keys=16), 32, 48, []
     record = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t)
     with Largest() as largest, record:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-from config import load_config
+from runtime import checkpoint
+from runtime.config import load_config
 from data.prepare import find_or_prepare
 from data.tokenizers import Tokenizer
-from lab import ancestry, plots
-from lab.runs import read_log
+from lab.drawing import ancestry
+from lab import plots
+from lab.drawing.logs import read_log
 from model import GPT
 from peer import usage
 

@@ -5,9 +5,9 @@ from itertools import islice
 import pytest
 import torch
 
-from data.arithmetic import as_text, problems, prompt
+from data.corpora.arithmetic import as_text, problems, prompt
 from data.tokenizers import Tokenizer
-from lab import probes
+from lab.papers import probes
 from routers import pairs
 from sample import Step
 from tiny import batch_of, model_of

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 import routers
-from config import ConfigError
+from runtime.config import ConfigError
 from routers import Context, balanced_assignment, build_router, hash_table, limit_groups
 from settings import ROUTERS
 from tiny import KINDS, LEARNED, config_of

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
-import checkpoint
+from runtime import checkpoint
 import sample
-from config import load_config
+from runtime.config import load_config
 from data.binfile import DataError
 from data.tokenizers import Tokenizer
 from model import GPT

@@ -5,9 +5,9 @@ import csv
 import numpy as np
 import pytest
 
-from lab import fit as method
-from lab.fit_runs import FitError, by_router, fit_clark, fit_krajewski
-from lab.laws import (CLARK, CLARK_REFIT, KRAJEWSKI, Clark, Krajewski, clark_loss, compute_optimal,
+from lab.laws import fit as method
+from lab.laws.fit_runs import FitError, by_router, fit_clark, fit_krajewski
+from lab.laws.laws import (CLARK, CLARK_REFIT, KRAJEWSKI, Clark, Krajewski, clark_loss, compute_optimal,
                       dense_flops, dense_optimal, effective_params, krajewski_flops, krajewski_loss,
                       saturated_experts, shape_of)
 from lab.scaling import amount, curves, main

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint as ck
-import report
+from runtime import checkpoint
+from runtime import report
 import train
-from config import ConfigError, load_config
+from runtime.config import ConfigError, load_config
 from data.prepare import prepare
 from model import GPT
 from sample import sample_text
@@ -58,8 +58,8 @@ def losses(out):
     return [(r["step"], r["loss"], r["val_loss"], r["grad_norm"]) for r in rows(out)]
 
 
-def weights(out, name=ck.LAST):
-    return ck.load(out / name)
+def weights(out, name=checkpoint.LAST):
+    return checkpoint.load(out / name)
 
 
 def same_tensors(a, b):
@@ -95,8 +95,8 @@ def test_resume_is_exact(kind, corpora, tmp_path):
 def cut_short(out, step):
     """Makes a finished run look as if it had been killed after the checkpoint of `step`: later rows are in
     the log."""
-    (out / ck.LAST).unlink()
-    os.replace(out / ck.PREVIOUS, out / ck.LAST)
+    (out / checkpoint.LAST).unlink()
+    os.replace(out / checkpoint.PREVIOUS, out / checkpoint.LAST)
     assert weights(out).header["step"] == step and int(rows(out)[-1]["step"]) > step
 
 
@@ -123,10 +123,10 @@ def test_resume_applies_and_prints_what_may_change_and_refuses_the_rest(corpora,
 
 def test_a_folder_with_a_run_is_refused_without_saying_how(corpora, tmp_path, capsys):
     run(corpora, tmp_path / "run", train__max_steps=1)
-    before = (tmp_path / "run" / ck.LAST).read_bytes()
+    before = (tmp_path / "run" / checkpoint.LAST).read_bytes()
     run(corpora, tmp_path / "run", status=2)
     assert "--resume" in capsys.readouterr().err
-    assert (tmp_path / "run" / ck.LAST).read_bytes() == before
+    assert (tmp_path / "run" / checkpoint.LAST).read_bytes() == before
     run(corpora, tmp_path / "run", "--overwrite", train__max_steps=2)
     assert [r["step"] for r in rows(tmp_path / "run")] == ["0", "1", "2"]
 
@@ -245,23 +245,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(c
 
 def test_a_full_disk_leaves_the_old_checkpoint(corpora, tmp_path, monkeypatch, capsys):
     run(corpora, tmp_path / "run", train__max_steps=3)
-    before = (tmp_path / "run" / ck.LAST).read_bytes()
+    before = (tmp_path / "run" / checkpoint.LAST).read_bytes()
 
     def full(content, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ck.torch, "save", full)
+    monkeypatch.setattr(checkpoint.torch, "save", full)
     assert train.main(["--out", str(tmp_path / "run"), "--resume", "--quiet", "--train.max_steps", "6"]) == 1
     error = capsys.readouterr().err
     assert "disk is full" in error and "MB" in error
-    assert (tmp_path / "run" / ck.LAST).read_bytes() == before
+    assert (tmp_path / "run" / checkpoint.LAST).read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(corpora, tmp_path, capsys):
     run(corpora, tmp_path / "run", train__save_every=3)
-    path = tmp_path / "run" / ck.LAST
+    path = tmp_path / "run" / checkpoint.LAST
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
@@ -276,15 +276,15 @@ def test_foreign_and_damaged_files_end_in_one_line_and_run_nothing(content, want
     path = tmp_path / "x.pt"
     if content == "cut":
         run(corpora, tmp_path / "run", train__max_steps=1)
-        path.write_bytes((tmp_path / "run" / ck.LAST).read_bytes()[:-200])
+        path.write_bytes((tmp_path / "run" / checkpoint.LAST).read_bytes()[:-200])
     elif content == "pickle":
         torch.save(Boom(tmp_path / "boom"), path)
     elif content == "other":
         torch.save({"weights": torch.zeros(3)}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(ck.CheckpointError) as error:
-        ck.load(path)
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.load(path)
     assert wanted in str(error.value) and "x.pt" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "boom").exists()
 
@@ -300,18 +300,18 @@ class Boom:
 
 
 def test_a_folder_in_use_is_refused(corpora, tmp_path, capsys):
-    with ck.Lock(tmp_path / "run"):
+    with checkpoint.Lock(tmp_path / "run"):
         run(corpora, tmp_path / "run", status=1)
     assert "another process" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_other_code_names_what_differs(corpora, tmp_path):
     run(corpora, tmp_path / "run", train__max_steps=1)
-    model, config, tokenizer, header = ck.load_model(tmp_path / "run")
+    model, config, tokenizer, header = checkpoint.load_model(tmp_path / "run")
     state = dict(weights(tmp_path / "run").model)
     state["extra"] = state.pop("norm.weight")
-    with pytest.raises(ck.CheckpointError, match="norm.weight"):
-        ck.load_weights(model, state, "x.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="norm.weight"):
+        checkpoint.load_weights(model, state, "x.pt")
 
 
 def test_a_dispatch_that_cannot_run_is_refused_and_auto_says_what_it_does_instead(corpora, tmp_path, capsys):
@@ -343,7 +343,7 @@ def test_init_from_takes_the_model_and_starts_the_optimizer_anew(corpora, tmp_pa
             "--train.batch_size=4", f"--train.init_from={tmp_path / 'seed'}", "--train.max_steps=1",
             "--train.sample_tokens=0"]
     assert train.main([*base, "--out", str(tmp_path / "next")]) == 0
-    _, config, _, header = ck.load_model(tmp_path / "next", which="last")
+    _, config, _, header = checkpoint.load_model(tmp_path / "next", which="last")
     assert config.ffn.n_expert == 3 and config.model.n_embd == 16
     assert header["ancestry"]["parents"][0]["run"] == str(tmp_path / "seed")
     first = float(rows(tmp_path / "next")[0]["val_loss"])
@@ -359,14 +359,14 @@ def test_training_that_only_harms_keeps_the_weights_it_began_with(corpora, tmp_p
                        f"--train.init_from={tmp_path / 'seed'}", "--train.max_steps=2", "--train.lr=5",
                        "--train.eval_every=1", "--train.warmup_steps=0"]) == 0
     begun = float(rows(tmp_path / "worse")[0]["val_loss"])
-    model, _, _, header = ck.load_model(tmp_path / "worse", which="best")
+    model, _, _, header = checkpoint.load_model(tmp_path / "worse", which="best")
     assert (header["step"], header["val_loss"]) == (0, pytest.approx(begun))
     assert all(float(row["val_loss"]) > begun for row in rows(tmp_path / "worse")[1:] if row["val_loss"])
 
 
 def test_a_sample_of_a_run_is_text(corpora, tmp_path):
     run(corpora, tmp_path / "run", train__max_steps=1)
-    model, config, tokenizer, header = ck.load_model(tmp_path / "run")
+    model, config, tokenizer, header = checkpoint.load_model(tmp_path / "run")
     assert isinstance(sample_text(model, tokenizer, tokens=5), str)
 
 
@@ -402,8 +402,8 @@ def test_a_failed_compile_is_one_warning_in_auto_and_an_error_in_on(corpora, tmp
 
 
 def test_a_folder_in_place_of_the_last_checkpoint_is_one_line(corpora, tmp_path):
-    (tmp_path / ck.LAST).mkdir()
-    (tmp_path / ck.PREVIOUS).touch()
-    with pytest.raises(ck.CheckpointError, match=r"ckpt_last.pt: cannot be replaced .* lies in .*new.pt"):
-        ck.save_last(tmp_path, {}, dict(w=torch.ones(2)), {})
+    (tmp_path / checkpoint.LAST).mkdir()
+    (tmp_path / checkpoint.PREVIOUS).touch()
+    with pytest.raises(checkpoint.CheckpointError, match=r"ckpt_last.pt: cannot be replaced .* lies in .*new.pt"):
+        checkpoint.save_last(tmp_path, {}, dict(w=torch.ones(2)), {})
     assert (tmp_path / "ckpt_new.pt").exists()

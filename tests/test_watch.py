@@ -2,10 +2,10 @@
 import torch
 
 import train
-from config import load_config
+from runtime.config import load_config
 from peer import usage
 from test_train import arguments, corpora                  # noqa: F401 (a fixture)
-from watch import EARLY, IDLE, MEMORY, SPIKES, STUCK, Watch
+from runtime.watch import EARLY, IDLE, MEMORY, SPIKES, STUCK, Watch
 
 
 def watching(**settings):

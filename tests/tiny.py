@@ -1,7 +1,7 @@
 """Small models for the tests: one of every kind of feed-forward layer, and of every router."""
 import torch
 
-from config import load_config
+from runtime.config import load_config
 from model import GPT
 from settings import ONE_EXPERT, ROUTERS
 

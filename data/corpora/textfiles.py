@@ -1,0 +1,147 @@
+"""Any text: a file, of which the last tenth is validation, or a folder, split by files.
+
+Text is UTF-8 and kept as it is, line ends included. Bytes that are not UTF-8 become U+FFFD, one each, and are
+counted and reported: one stray byte should not cost a user the corpus, but never pass unseen either. A file
+with more than one such byte in a hundred, or with a zero byte near its beginning, is no text: alone it is
+refused, in a folder it is skipped.
+"""
+import codecs
+import functools
+import os
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+from data.binfile import DataError
+from data.corpora.corpus import Corpus, note, short_hash, split_of, titled
+
+BLOCK = 1 << 20
+UNDECODED = re.compile("[\udc80-\udcff]")       # what surrogateescape makes of a byte that is no UTF-8
+
+
+def open_raw(path):
+    """A file opened for its bytes; a zip with a single file in it, for the bytes of that one."""
+    file = open(path, "rb")
+    if file.read(4) != b"PK\3\4":
+        file.seek(0)
+        return file
+    file.close()
+    archive = zipfile.ZipFile(path)
+    if len(archive.namelist()) != 1:
+        raise DataError(f"{path}: is an archive of {len(archive.namelist())} files; unpack it first")
+    return archive.open(archive.namelist()[0])
+
+
+def decode_blocks(path):
+    """(text, undecoded bytes) per megabyte of a file. Raises DataError: it cannot be read, or is no text."""
+    decoder, size, bad, raw = codecs.getincrementaldecoder("utf-8")("surrogateescape"), 0, 0, b"-"
+    try:
+        with open_raw(path) as file:
+            while raw:
+                raw = file.read(BLOCK)
+                if size == 0 and b"\0" in raw[:8192]:
+                    raise DataError(f"{path}: holds zero bytes, so it is no UTF-8 text; convert it first")
+                text, here = UNDECODED.subn("\ufffd", decoder.decode(raw, final=not raw))
+                size, bad = size + len(raw), bad + here
+                if 100 * bad > max(size, 100):
+                    raise DataError(f"{path}: {bad} of the first {size} bytes are not UTF-8; convert it, "
+                                    f"for example: iconv -f latin1 -t utf-8 {path} > utf8.txt")
+                yield text, here
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_blocks(path):
+    """The text of a file in blocks of about a megabyte; the whole of it is never in memory."""
+    return (text for text, _ in decode_blocks(path) if text)
+
+
+def count_chars(path):
+    """Characters in a text file; counted, and its undecoded bytes reported, once for each state of it."""
+    return _count_chars(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _count_chars(path, size, modified):
+    chars, bad = map(sum, zip(*((len(text), here) for text, here in decode_blocks(path))))
+    if bad:
+        note(f"{path}: {bad} of {size} bytes are not UTF-8; each became U+FFFD")
+    return chars
+
+
+def slice_blocks(path, start, stop):
+    """Characters start .. stop of a file, in blocks."""
+    at = 0
+    for text in read_blocks(path):
+        if piece := text[max(0, start - at):max(0, stop - at)]:
+            yield piece
+        at += len(text)
+        if at >= stop:
+            return
+
+
+def file_documents(path, split):
+    """nanoGPT's split of a single text: the first int(0.9 n) of n characters train, the others validate."""
+    chars = count_chars(path)
+    border = int(0.9 * chars)
+    return slice_blocks(path, 0, border) if split == "train" else slice_blocks(path, border, chars)
+
+
+def list_files(folder):
+    """(relative name, path) of all files below a folder, sorted; hidden ones and linked folders left out."""
+    found = []
+    for where, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(where, name) for name in files if not name.startswith(".")]
+    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+
+
+def is_text(path):
+    try:
+        return count_chars(path) > 0
+    except (DataError, OSError):        # OSError: a link that leads nowhere
+        return False
+
+
+@functools.cache
+def split_folder(folder, state):
+    """{"train": [(name, path)], "val": [...]}, by hash of the relative name; where that leaves one side
+    empty, the first file of the other moves over. `state` (see identity) keys the cache. Raises DataError
+    below two text files."""
+    files = list_files(folder)
+    texts = [(name, path) for name, path in files if is_text(path)]
+    skipped = [name for name, path in files if (name, path) not in texts]
+    if skipped:
+        note(f"{folder}: skipped {len(skipped)} of {len(files)} files that are empty or no UTF-8 text: "
+             + ", ".join(skipped[:3]) + (", ..." if skipped[3:] else ""))
+    if len(texts) < 2:
+        raise DataError(f"{folder}: holds {len(texts)} text file(s); a folder is split into training and "
+                        "validation by files, so it needs two (a single file is given by its own path)")
+    sides = {split: [item for item in texts if split_of(item[0]) == split] for split in ("train", "val")}
+    for empty, other in (("train", "val"), ("val", "train")):
+        if not sides[empty]:
+            sides[empty] = [sides[other].pop(0)]
+    return sides
+
+
+def folder_documents(folder, split):
+    for name, path in split_folder(folder, identity(folder))[split]:
+        yield titled(name, "".join(read_blocks(path)))
+
+
+def identity(path):
+    """A short text that changes when the file, or any file in the folder, changes its name, size or time."""
+    files = [path] if path.is_file() else [file for _, file in list_files(path)]
+    facts = [(str(file), file.lstat().st_size, file.lstat().st_mtime_ns) for file in files]
+    return f"{path.resolve()}, state {short_hash(*facts)}"
+
+
+def corpus(name, path):
+    """The Corpus of a text file or of a folder of them. Cheap: the texts are read when they are asked for."""
+    path = Path(path).resolve()
+    if path.is_file():
+        size = path.stat().st_size
+        return Corpus(name, lambda split: file_documents(path, split), identity(path), size, path=path)
+    size = sum(file.lstat().st_size for _, file in list_files(path))
+    return Corpus(name, lambda split: folder_documents(path, split), identity(path), size, "files", path=path)

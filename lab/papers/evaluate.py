@@ -1,0 +1,192 @@
+"""What a run is worth: python -m lab.papers.evaluate RUN_DIR [--corpora NAME ...] [--probes NAME ...] [--json FILE]
+
+One pass over fixed validation batches of each corpus, in evaluation mode, with the run's last weights:
+losses, how evenly the experts are used over the whole pass (not over one batch), and which corpus goes to
+which expert. The corpora are read with the run's own tokenizer; by default they are those it was trained on.
+The row goes to FILE (default: RUN_DIR/evaluation.json).
+"""
+import argparse
+import json
+import math
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from runtime import checkpoint
+from runtime.config import ConfigError, Parser, fail, nearest, parse, sparse_layers
+from data.batches import EvalBatches
+from data.binfile import DataError
+from data.prepare import find_or_prepare
+from lab.papers import probes as available
+from lab.drawing.curves import read_columns
+from peer import usage
+from train import precision, resolve_device, resolve_dtype
+
+MOST_EXPERTS = 64                       # of a layer whose traffic is written down expert by expert
+
+
+def evaluate(folder, corpora=(), probes=()):
+    """The row of a run folder, column -> number; "routing": [layer, corpus, [share of each expert]] lists.
+
+    Raises CheckpointError, ConfigError, DataError.
+    """
+    folder, device = Path(folder), resolve_device("auto")
+    which = "last" if (folder / checkpoint.LAST).exists() else "best"
+    model, config, tokenizer, header = checkpoint.load_model(folder, device, which)
+    names = config.data.name if isinstance(config.data.name, list) else [config.data.name]
+    corpora = list(corpora) or names
+    dtype, _ = resolve_dtype(config.train.dtype, device)
+    batches = validation(config, corpora, names, tokenizer)
+    sums, loads = one_pass(model, batches, corpora, sparse_layers(config), device, dtype)
+    params = model.num_params()
+    row = losses(sums, corpora) | dict(
+        active_params=params.active, total_params=params.total, flops_per_token=model.flops_per_token(),
+        tokens=header.get("tokens", 0), step=header.get("step", 0), seconds=header.get("seconds", 0.0))
+    row |= shape(config, model) | use_of_experts(loads) | sums["layers"] | routing(loads, corpora)
+    row |= end_of_training(folder / "log.csv")
+    for name in probes:
+        row |= find_probe(name)(model, batches, config, device, dtype)
+    return row | dict(device=device_name(device), torch=torch.__version__)
+
+
+def shape(config, model):
+    """What a table of many models is sorted by, and the fits of lab/scaling.py read."""
+    m, f = config.model, config.ffn
+    row = dict(n_layer=m.n_layer, n_embd=m.n_embd, embedding_params=model.embedding.weight.numel())
+    names = dict(moe=("router", "n_expert", "top_k", "granularity", "output_norm"), dense=()).get(
+        f.kind, ("n_keys", "peer_heads", "peer_top_k"))
+    return row | {name: getattr(f, name) for name in names}
+
+
+def validation(config, corpora, names, tokenizer):
+    """List of (x, y, domain, bytes, corpus). domain is the corpus's place in the training data, which the
+    domain router goes by."""
+    d, t = config.data, config.train
+    folders, theirs = find_or_prepare(corpora, d.tokenizer, d.vocab_size, d.dir or None, d.max_tokens, True)
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise DataError(f"{', '.join(corpora)}: prepared with another tokenizer ({theirs.name}) than the run "
+                        f"was trained with ({tokenizer.name}); prepare it with that one")
+    strangers = [name for name in corpora if name not in names]
+    if config.ffn.router == "domain" and strangers:
+        raise DataError(f"{strangers[0]}: is none of the corpora of this run ({', '.join(names)}), so its "
+                        "router has no expert for it")
+    place = [names.index(name) if name in names else 0 for name in corpora]
+    batches = EvalBatches(folders, config.model.block_size, t.batch_size, t.eval_batches,
+                          tokenizer.token_lengths())
+    return [(x, y, torch.full_like(domain, place[domain[0]]), n_bytes, corpora[domain[0]])
+            for x, y, domain, n_bytes in batches]
+
+
+@torch.no_grad()
+def one_pass(model, batches, corpora, sparse, device, dtype):
+    """({corpus: [nats, tokens, bytes], "layers": means over the sparse layers}, {layer: {corpus: (E,)}})."""
+    sums = {name: [0.0, 0, 0] for name in corpora}
+    loads, layers = {i: {} for i in sparse}, dict(dropped=0.0, entropy=0.0)
+    for x, y, domain, n_bytes, corpus in batches:
+        with precision(device, dtype):
+            out = model(x.to(device), y.to(device), domain=domain.to(device))
+        total = sums[corpus]
+        total[:] = total[0] + out.loss.item() * y.numel(), total[1] + y.numel(), total[2] + n_bytes
+        for i in sparse:
+            loads[i][corpus] = loads[i].get(corpus, 0) + out.stats[i].load.double().cpu()
+            for name in layers:
+                layers[name] += getattr(out.stats[i], name).item() * y.numel() / len(sparse)
+    tokens = sum(total[1] for total in sums.values())
+    sums["layers"] = {name: value / tokens for name, value in layers.items()} if sparse else {}
+    return sums, loads
+
+
+def losses(sums, corpora):
+    """val_loss in nats a token and val_bpb, plain means over the corpora, then the loss on each."""
+    nats = {name: sums[name][0] / sums[name][1] for name in corpora}
+    bits = [sums[name][0] / sums[name][2] / math.log(2) for name in corpora]
+    row = dict(val_loss=sum(nats.values()) / len(nats), val_bpb=sum(bits) / len(bits))
+    return row | ({f"val_loss_{name}": loss for name, loss in nats.items()} if len(nats) > 1 else {})
+
+
+def use_of_experts(loads):
+    """Busiest and idlest expert over all layers, and PEER's measures as means over the layers."""
+    pooled = [sum(layer.values()) for layer in loads.values()]
+    if not pooled:
+        return {}
+    shares, used = [load / load.sum() for load in pooled], [usage(load) for load in pooled]
+    return dict(max_expert_share=max(share.max().item() for share in shares),
+                min_expert_share=min(share.min().item() for share in shares),
+                experts_used=sum(u[0] for u in used) / len(used),
+                unevenness=sum(u[1] for u in used) / len(used))
+
+
+def routing(loads, corpora):
+    """Which corpus goes where. In the last sparse layer, with several corpora, each counted alike:
+    specialisation, the mutual information of corpus and expert in nats; diagonal, the least lead of expert i
+    over all others on corpus i."""
+    table = [[i, name, (load / load.sum()).tolist()] for i, layer in loads.items()
+             for name, load in layer.items() if len(load) <= MOST_EXPERTS]
+    row = dict(routing=table) if table else {}
+    if loads and len(corpora) > 1:
+        last = loads[max(loads)]
+        share = torch.stack([last[name] / last[name].sum() for name in corpora])            # (corpora, E)
+        information = torch.special.xlogy(share, share / share.mean(0).clamp_min(1e-30)).sum(1).mean()
+        row["specialisation"] = information.item()
+        if share.shape[1] >= len(corpora):
+            own = share.diagonal()
+            others = share.scatter(1, torch.arange(len(corpora)).unsqueeze(1), -1.0).amax(1)
+            row["diagonal"] = (own - others).min().item()
+    return row
+
+
+def end_of_training(log):
+    """Means over the last rows of a log: the loss over 5 % of them, drops and busiest expert over 20 %."""
+    row = {}
+    if log.exists():
+        columns = read_columns(log, ("loss", "dropped", "max_expert_share"))
+        for name, part in (("loss", 0.05), ("dropped", 0.2), ("max_expert_share", 0.2)):
+            values = columns[name][~columns[name].isnan()]
+            if len(values):
+                row[f"train_{name}"] = values[-max(1, int(part * len(values))):].mean().item()
+    return row
+
+
+def find_probe(name):
+    """The function lab/papers/probes.py has under this name. Raises ConfigError."""
+    known = {n: f for n, f in vars(available).items() if getattr(f, "__module__", "") == available.__name__
+             and callable(f) and not n.startswith("_")}
+    if name not in known:
+        raise ConfigError(f"lab/papers/probes.py has no function {name}{nearest(name, known)}; it has "
+                          f"{', '.join(known)}")
+    return known[name]
+
+
+def device_name(device):
+    """The hardware, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((s.split(": ", 1)[1] for s in lines if s.startswith("model name")), platform.machine())
+
+
+def main(argv=None):
+    """The program; returns its exit status."""
+    parser = Parser(prog="python -m lab.papers.evaluate", description=__doc__.split("\n\n", 1)[1],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN_DIR")
+    parser.add_argument("--corpora", nargs="+", default=[], metavar="NAME", help="default: its training's")
+    parser.add_argument("--probes", nargs="+", default=[], metavar="NAME", help="functions of lab/papers/probes.py")
+    parser.add_argument("--json", metavar="FILE", help="default: RUN_DIR/evaluation.json")
+    try:
+        options, _ = parse(parser, argv)
+        row = evaluate(options.run, options.corpora, options.probes)
+        checkpoint.write_text(options.json or Path(options.run) / "evaluation.json", json.dumps(row))
+    except (ConfigError, DataError, checkpoint.CheckpointError, KeyboardInterrupt) as e:
+        return fail(e)
+    for name, value in row.items():
+        if name != "routing":
+            print(f"{name:22} {value:.6g}" if isinstance(value, float) else f"{name:22} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""An experiment file: what may stand in it, read and checked.
+
+    title, paper, caption, config, seeds, runs, evaluate, probes, speed     see TOP
+    [common] [cpu] [gpu]        settings of every arm, of every arm at one size
+    [arms."name-{n_keys}"]      an arm: settings, and the words of ARM (lab/arms.py)
+    [metrics."pattern-{m}"]     columns computed from other arms' columns, for the arms whose name fits
+    [[panel]]                   the parts of the figure (lab/figures.py)
+    [claims.ID]                 what the paper says, as an inequality (lab/verdict.py)
+"""
+import re
+from pathlib import Path
+
+from runtime.config import SECTIONS, ConfigError, nearest, parse_toml, show
+
+SIZES = ("cpu", "gpu")
+TOP = {"title": str, "paper": str, "caption": str, "config": str, "seeds": int, "runs": str, "evaluate": list,
+       "probes": list, "speed": (bool, int),    # true: of the first seed alone; 3: of the first three
+       "common": dict, "cpu": dict, "gpu": dict, "arms": dict, "metrics": dict, "panel": list, "claims": dict}
+ARM = {"config": str, "grid": dict, "from": (str, list), "make": str, "sizes": list, "column": dict,
+       "cpu": dict, "gpu": dict}
+SIZE = {"config": str, "jobs": int}             # what [cpu] and [gpu] may hold beside settings
+
+
+def read_experiment(path):
+    """The tables of an experiment file, names and types checked. Raises ConfigError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        known = [p.name for p in sorted(Path(path).parent.glob("*.toml"))]
+        raise ConfigError(f"{path}: no such experiment file{nearest(Path(path).name, known)}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read as an experiment: {e}") from None
+    spec = parse_toml(text, path)
+    check_words(spec, TOP, path)
+    if spec.get("seeds", 1) < 1:
+        raise ConfigError(f"{path}: seeds = {spec['seeds']} must be at least 1")
+    if not spec.get("arms"):
+        raise ConfigError(f"{path}: has no arms; each is a table [arms.NAME]")
+    for size in SIZES:
+        check_words(spec.get(size, {}), SIZE, f"{path}: [{size}]", sections=True)
+    check_words(spec.get("common", {}), {}, f"{path}: [common]", sections=True)
+    for name, table in spec["arms"].items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: arms.{name} = {show(table)} is no table; an arm is [arms.NAME]")
+        check_words(table, ARM, f"{path}: [arms.{name}]", sections=True)
+        for size in SIZES:
+            check_words(table.get(size, {}), ARM, f"{path}: [arms.{name}.{size}]", sections=True)
+    return spec
+
+
+def check_words(table, known, where, sections=False):
+    """Raises ConfigError for the first key that is neither known nor, if sections, a table of settings."""
+    allowed = known | (dict.fromkeys(SECTIONS, dict) if sections else {})
+    for word, value in table.items():
+        if word not in allowed:
+            raise ConfigError(f"{where}: unknown key {word}{nearest(word, allowed)}; "
+                              f"known are {', '.join(allowed)}")
+        if not isinstance(value, allowed[word]) or allowed[word] is int and isinstance(value, bool):
+            kinds = {dict: "a table", list: "a list", str: "a text", int: "a whole number",
+                     bool: "true or false", (int, float): "a number"}
+            given = "a table" if isinstance(value, dict) else show(value)
+            raise ConfigError(f"{where}: {word} = {given} is not "
+                              f"{kinds.get(allowed[word], 'a text or a list')}")
+
+
+def flatten(table, prefix=""):
+    """Nested tables as {"ffn.n_keys": 16}."""
+    flat = {}
+    for name, value in table.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def settings_of(table):
+    return flatten({name: value for name, value in table.items() if name in SECTIONS})
+
+
+def fill(text, values, where):
+    """Text with its {placeholders} filled in. Raises ConfigError for an unknown one."""
+    try:
+        return text.format(**values)
+    except (KeyError, IndexError, ValueError, AttributeError) as e:
+        name = str(e).strip("'")
+        raise ConfigError(f"{where}: {show(text)} has no {name} to fill in{nearest(name, values)}; known are "
+                          f"{', '.join(values)}") from None
+
+
+def plain(value):
+    """A setting as text on a command line."""
+    if isinstance(value, list) and value and all(isinstance(v, str) and "," not in v for v in value):
+        return ",".join(value) if len(value) > 1 else show(value)
+    return value if isinstance(value, str) else show(value)
+
+
+def wildcard(pattern):
+    """A regular expression of a name in which * stands for anything and {m} for something called m."""
+    return re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(pattern)).replace(r"\*", ".*")
+
+
+def fits(name, patterns):
+    """Whether a name fits one of the patterns."""
+    return any(re.fullmatch(wildcard(pattern), name) for pattern in patterns)

@@ -1,0 +1,79 @@
+"""What the Triton kernels become on an H100, without one: `python -m lab.timing.ptx [NAME ...]`, half a minute.
+
+For each launch that the public functions of kernels/ would make: registers, bytes
+spilled, shared memory, atomics, widths of the loads. NAME picks kernels by a part of their name. The real
+functions are called on small CPU tensors and a launch compiles for sm_90 instead of running, so that block
+sizes, warps and constants are those of the code; T, P and N are run-time arguments and do not matter.
+"""
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from kernels import common, moe as moe_kernels, peer as peer_kernels, product_keys
+
+
+def report(name, ptx, shared):
+    """One line; registers and spills (stores + loads) are ptxas's. cp.async.cg always loads 16 bytes."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spilled = re.search(r"Used (\d+) registers", text)[1], re.findall(r"(\d+) bytes spill", text)
+    loads = Counter(re.findall(r"ld\.global\S*?((?:v\d\.)?b\d+)|cp\.async\.cg", ptx))  # "" for the latter
+    widths = " ".join(f"{n}x{width or 'cp.async'}" for width, n in sorted(loads.items()))
+    atomics = len(re.findall(r"\b(?:atom|red)\.\S+", ptx))
+    print(f"  {name:34} {registers:>3} registers {sum(map(int, spilled)):4} B spilled {shared:6} B shared "
+          f"{atomics} atomics  loads {widths}", flush=True)
+
+
+def compile_instead(run):
+    def launch(self, *args, grid, warmup, **options):
+        if any(name in self.__name__ for name in sys.argv[1:] or [""]):
+            kernel = run(self, *args, grid=grid, warmup=True, **options)
+            report(self.__name__, kernel.asm["ptx"], kernel.metadata.shared)
+    return launch
+
+
+def moe(d, n, k, dtype):
+    print(f"d {d} n {n} k {k} {dtype}")
+    x, order, weight = torch.zeros(32, d, dtype=dtype), torch.arange(32 * k), torch.zeros(32 * k)
+    moe_kernels.unpermute(moe_kernels.permute(x, order, k), order, k)
+    for activation, width in (("swiglu", 2 * n), ("gelu", n)):
+        h = torch.zeros(32 * k, width, dtype=dtype)
+        a = moe_kernels.gated_activation(h, weight, activation)
+        moe_kernels.gated_activation_backward(a, h, weight, activation)
+
+
+def peer(d, R, dtype):
+    print(f"d {d} R {R} {dtype}")
+    x, W = torch.zeros(16, d, dtype=dtype), torch.zeros(1024, 2, d, dtype=dtype)
+    s, idx = torch.zeros(16, R), torch.zeros(16, R, dtype=torch.int32)
+    y, h = peer_kernels.peer_forward(x, W, idx, s, "gelu")
+    _, dh, a, _ = peer_kernels.peer_backward_tokens(y, W, idx, s, h, "gelu")
+    peer_kernels.peer_backward_table(x, y, dh, a, idx, 1024)
+
+
+if __name__ == "__main__":
+    target = GPUTarget("cuda", 90, 32)
+    triton.runtime.driver.set_active(SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0))
+    common.use_triton, JITFunction.run = lambda x: True, compile_instead(JITFunction.run)
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for shape in ((768, 256, 8, bf16), (768, 1024, 2, bf16), (1000, 344, 3, bf16), (768, 256, 8, fp32)):
+        moe(*shape)
+    for d, dtype in ((256, bf16), (512, bf16), (768, bf16), (1024, bf16), (256, fp32), (512, fp32),
+                     (768, fp32), (1024, fp32)):
+        peer(d, 128, dtype)
+    for d, k, dtype in ((64, 16, fp32), (128, 16, fp32), (64, 32, fp32), (64, 16, bf16)):
+        print(f"sub-keys d {d} n 1024 k {k} {dtype}")
+        q, sub_keys = torch.zeros(16, 8, 2, d, dtype=dtype), torch.zeros(2, 1024, d, dtype=dtype)
+        product_keys.product_key_topk(q, sub_keys, k)

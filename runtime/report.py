@@ -1,0 +1,221 @@
+"""What a run tells: a row of log.csv for each step, and lines and a bar on the terminal."""
+import contextlib
+import csv
+import io
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from runtime import checkpoint
+from runtime import parallel
+from runtime.config import sparse_layers
+from moe import choose_dispatch, grouped_refusal
+from peer import choose_path, usage
+from data.binfile import explain
+from sample import PLAIN, sample_text
+from settings import DIFFERS
+from runtime.watch import Watch
+
+COLUMNS = ["step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second",
+           "balance_loss", "z_loss", "aux_loss", "max_expert_share", "entropy", "dropped", "experts_used",
+           "unevenness", "expert_load"]
+MAX_LOGGED_EXPERTS = 1024                               # a million numbers do not belong in a row of a table
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says why and what is safe."""
+
+
+class Log:
+    """log.csv, one row per logged step. Rows wait as tensors and are fetched together: on a GPU every look at
+    a number stops the queue, so it is done once in 20 steps. Seconds are those of training steps: evaluation
+    is not counted. Raises CheckpointError if it cannot be written."""
+
+    def __init__(self, path, trainer, say):
+        self.trainer, self.rows, self.since = trainer, [], time.perf_counter()
+        self.patience = 20 if trainer.device.type == "cuda" else 1
+        self.watch = Watch(trainer.config, say)
+        columns = COLUMNS + [f"val_loss_{name}" for name in trainer.corpora if len(trainer.corpora) > 1]
+        self.path = path if parallel.rank() == 0 else Path(os.devnull)
+        if parallel.rank() == 0:
+            cut_log(path, trainer.done, columns)
+        self.file = open(self.path, "a", newline="", encoding="utf-8")
+        self.writer = csv.DictWriter(self.file, columns)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):              # rows that could not be written: that was said
+            self.file.close()
+
+    def settle(self):
+        """Turns the waiting rows into numbers and takes the time. Raises TrainingError at a value that is not
+        finite."""
+        rows, self.rows = [to_numbers(row, self.trainer, self.watch) for row in self.rows], []
+        if rows:
+            seconds = (time.perf_counter() - self.since) / len(rows)
+            for row in rows:
+                self.trainer.seconds += seconds
+                row.update(seconds=round(self.trainer.seconds, 3),
+                           tokens_per_second=round((row["tokens"] / row["step"]) / seconds, 1))
+                for what in ("loss", "grad_norm"):
+                    if not math.isfinite(row[what]):
+                        raise TrainingError(
+                            f"{what} of step {row['step']} is {row[what]}; training stops, the last good "
+                            "checkpoint is kept. Try a lower train.lr, a longer train.warmup_steps or a "
+                            "smaller train.grad_clip")
+        return rows
+
+    def write(self, rows, **more):
+        """Writes the rows, `more` into the last one, and starts the clock of the next ones."""
+        if more:
+            rows[-1].update(more)
+        t = self.trainer.config.train
+        try:
+            self.writer.writerows({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()}
+                                  for row in rows if row["step"] % t.log_every == 0 or "val_loss" in row)
+            self.file.flush()
+        except OSError as e:
+            whole = self.path.stat().st_size * t.max_steps / max(1, self.trainer.done)
+            raise checkpoint.CheckpointError(explain(e, self.path, whole)) from None
+        self.since = time.perf_counter()
+
+
+def cut_log(path, step, columns):
+    """Makes log.csv ready for the rows after `step`: a new one gets its header; an old one loses the rows
+    that a resumed run will write again, and a last row that a killed process left unfinished. Raises
+    CheckpointError for a file of other columns."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(columns)
+    header = text.getvalue().encode()
+    with contextlib.ExitStack() as held:
+        try:
+            old = held.enter_context(open(path, "rb")) if path.exists() else []
+        except OSError as e:
+            raise checkpoint.CheckpointError(f"{path}: cannot be read ({e.strerror}); move it away") from None
+        found = next(iter(old), b"")
+        if not header.startswith(found):                    # which may be empty or cut short as well
+            raise checkpoint.CheckpointError(f"{path}: is no log of this run, its first line does not name the "
+                                     "columns; move it away and --resume begins a new one")
+        new = held.enter_context(checkpoint.written(path))
+        new.write(header)
+        new.writelines(row for row in old if is_whole(row, len(columns)) and int(row.split(b",")[0]) <= step)
+
+
+def is_whole(row, n):
+    """Whether a line of log.csv, as bytes, is a step's row of n fields."""
+    return row.endswith(b"\n") and row.count(b",") == n - 1 and row.split(b",")[0].isdigit()
+
+
+def to_numbers(row, trainer, watch):
+    """A row of tensors as a row of numbers; what the sparse layers report is averaged over them."""
+    layers = row.pop("layers")
+    row = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+    chosen = [layers[i] for i in sparse_layers(trainer.config)]
+    watch.gradients(row["step"], row["grad_norm"])
+    if not chosen:
+        return row
+    mean = {name: (sum(getattr(s, name) for s in chosen) / len(chosen)).item()
+            for name in ("balance_loss", "z_loss", "dropped", "entropy")}
+    loads = [s.load.float().cpu() for s in chosen]
+    used, uneven = zip(*(usage(load) for load in loads))
+    watch.experts(row["step"], loads, uneven)
+    row.update(mean, max_expert_share=max((load.max() / load.sum()).item() for load in loads),
+               experts_used=sum(used) / len(used), unevenness=sum(uneven) / len(uneven))
+    if max(load.numel() for load in loads) <= MAX_LOGGED_EXPERTS:
+        sparse = sparse_layers(trainer.config)
+        row["expert_load"] = ";".join(" ".join(f"{v:g}" for v in s.load.tolist()) if i in sparse else ""
+                                      for i, s in enumerate(layers))
+    return row
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a flag that the loop asks for between steps; the second stops at
+    once."""
+
+    def __init__(self):
+        self.received, self.name = 0, None
+
+    def __enter__(self):
+        self.old = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def asked(self):
+        """Whether any process got a signal: all hear the same, and so stop after the same step."""
+        number = parallel.largest(self.received)
+        self.name = signal.Signals(number).name if number else None
+        return number > 0
+
+    def __exit__(self, error, *_):
+        if error and parallel.world() > 1:          # torchrun is about to end all: first tell what happened
+            return
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def progress(trainer, quiet):
+    """The bar: loss, tokens a second, time left; nothing but plain lines where stderr is no terminal."""
+    return tqdm(total=trainer.config.train.max_steps, initial=trainer.done, unit="step", dynamic_ncols=True,
+                disable=quiet or not sys.stderr.isatty(), file=sys.stderr,
+                bar_format="{n_fmt}/{total_fmt} steps |{bar}| {elapsed}, {remaining} left{postfix}")
+
+
+def describe(trainer, say, arithmetic):
+    """Says what is about to run."""
+    config, t, params = trainer.config, trainer.config.train, trainer.model.num_params()
+    f, sparse = config.ffn, sparse_layers(config)
+    kind = f"{f.kind} in layers {sparse}, {paths(trainer, sparse)}" if sparse else "dense"
+    say(f"model      {config.model.n_layer} layers, {config.model.n_embd} wide, {kind}\n"
+        f"           {params.total:,} parameters, {params.active:,} active, "
+        f"{trainer.model.flops_per_token() / 1e6:.2f} MFLOP a token forward\n"
+        f"arithmetic {trainer.device}, {arithmetic}")
+    if parallel.world() > 1:
+        say(f"processes  {parallel.world()}, {t.parallel}" + "".join(
+            f"\n           {DIFFERS}: {why}" for why in parallel.differences(config)))
+    if text := str(trainer.past):
+        say(f"past       {text}")
+    passes = ", ".join(f"{e:.2f}" for e in trainer.batches.epochs(t.max_steps))
+    say(f"data       {config.data.name}, tokenizer {trainer.tokenizer.name}; {t.max_steps:,} steps of "
+        f"{t.batch_size} x {config.model.block_size} tokens read it {passes} times")
+
+
+def paths(trainer, sparse):
+    """What the sparse layers hold, and the path they take. Raises ValueError for a path that cannot run."""
+    f, ffn = trainer.config.ffn, trainer.model.blocks[sparse[0]].ffn
+    if f.kind != "moe":
+        return f"{f.n_keys ** 2:,} rows, {f.peer_heads} heads x {f.peer_top_k} a token, " \
+               f"path {choose_path(f.peer_path, ffn.table)}"
+    x = torch.empty(0, dtype=getattr(torch, trainer.config.train.dtype), device=trainer.device)
+    path, refusal = choose_dispatch(f.dispatch, ffn.experts, x), grouped_refusal(ffn.experts, x.dtype)
+    return (f"{f.experts} experts, {f.active} a token, router {f.router}, balance {f.balance}, "
+            f"dispatch {path}" + (f" ({refusal})" if f.dispatch == "auto" and refusal else ""))
+
+
+def finish(trainer, out, stop, say):
+    """The last words: a sample, the result, what to do next."""
+    t = trainer.config.train
+    if stop.asked():
+        return say(f"stopped by {stop.name} after step {trainer.done}; everything is saved. Go on with:\n"
+                   f"  python train.py --out {out} --resume")
+    if t.sample_tokens:
+        text = sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed)
+        say(f"--- sample ---\n{text.translate(PLAIN)}\n--------------")
+    size = (out / checkpoint.LAST).stat().st_size / 2**20
+    say(f"best validation loss {trainer.best:.4f} nats a token; {trainer.done} steps took "
+        f"{trainer.seconds:.0f} s; a checkpoint is {size:,.1f} MiB. Next:\n"
+        f"  python sample.py {out} --prompt \"def \" --show-experts\n"
+        f"  python -m lab.plots {out}\n"
+        f"  python train.py --out {out} --resume --train.max_steps {2 * t.max_steps}\n"
+        f"  python train.py configs/dense.toml        # other models: ls configs")
