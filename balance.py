@@ -1,12 +1,14 @@
-"""How the choice is kept even: every balancing loss, the z-loss, and the loss-free bias.
+"""How the choice is kept even: every balancing loss, the z-loss, the loss-free bias, RL-R's objective.
 
 A router left alone feeds the experts that are already better, and most of them die. Each loss below takes a
 Routing and returns a scalar before its coefficient; fractions that are counted carry no gradient, so the loss
 pushes through the probabilities alone. The normalisers differ from paper to paper, and so do the minima:
 coefficients do not transfer from one loss to another. Losses are per layer; pooling the layers first would
 let one make up for another. With several processes they are those of the whole batch: counts and what enters
-a loss as a product or a square are summed over processes (parallel.py), a mean of tokens or sequences is not,
-since gradients are averaged anyway.
+a loss as a product or a square are summed over processes (runtime/parallel.py); a mean of tokens or sequences
+is not, since gradients are averaged anyway.
+
+A new loss is a function `loss(routing, load, config, shape)` and its name in LOSSES.
 """
 import torch
 
@@ -20,14 +22,16 @@ def expert_counts(expert, n_expert, keep=None):
 
 
 def switch_loss(routing, load, config, shape):
-    """E sum_i f_i P_i, f the share of pairs and P the mean probability (Switch 2101.03961 eq. 4-6). Uniform:
-    1."""
+    """E sum_i f_i P_i (Switch 2101.03961 eq. 4-6). Uniform: 1."""
     load = global_sum(load)
-    return load.numel() * ((load / load.sum()) * routing.probs.mean(0)).sum()
+    # eq. 5: f, the share of the pairs; eq. 6: P, the mean probability
+    f = load / load.sum()
+    P = routing.probs.mean(0)
+    return load.numel() * (f * P).sum()
 
 
 def gshard_loss(routing, load, config, shape):
-    """mean_i (c_i / n) m_i, c the first choices and m the mean gate (GShard 2006.16668 alg. 1). Uniform:
+    """mean_i (c_i / N) m_i, c the first choices and m the mean gate (GShard 2006.16668 alg. 1). Uniform:
     1/E^2."""
     first = global_sum(expert_counts(routing.expert.view(-1, routing.k)[:, 0], load.numel()))
     return ((first / first.sum()) * routing.probs.mean(0)).mean()
@@ -53,8 +57,8 @@ def load_loss(routing):
 def btx_loss(routing, load, config, shape):
     """E sum_i u_i p_i, u the mean gate of expert i and p its mean probability (BTX 2403.07816 sec. 3.2).
     Uniform: 1 where gates sum to 1. u is not a count, so both factors carry a gradient."""
-    n = routing.probs.shape[0]
-    u = global_mean(torch.zeros_like(load).scatter_add(0, routing.expert, routing.weight) / n)
+    N = routing.probs.shape[0]
+    u = global_mean(torch.zeros_like(load).scatter_add(0, routing.expert, routing.weight) / N)
     return load.numel() * (u * global_mean(routing.probs.mean(0))).sum()
 
 
@@ -68,9 +72,9 @@ def per_sequence(routing, shape):
 
 def deepseek_loss(routing, load, config, shape):
     """sum_i f_i P_i for every sequence, then their mean (DeepSeekMoE 2401.06066 eq. 12-14; V2 2405.04434 eq.
-    23-25). Uniform: 1. A mean over experts in place of the sum would weaken it E times, and routing collapses
-    quietly."""
+    23-25). Uniform: 1."""
     f, P = per_sequence(routing, shape)
+    # a mean over experts in place of the sum would weaken it E times, and routing would collapse quietly
     return (f * P).sum(-1).mean()
 
 
@@ -82,12 +86,14 @@ def device_loss(routing, config, shape):
 
 
 def comm_loss(routing, config, shape):
-    """sum_j f''_j P''_j, f'' = D / (M T) tokens sent to group j (DeepSeek-V2 eq. 29-31). Uniform: 1 where
-    every token uses exactly M groups."""
+    """sum_j f''_j P''_j over the D groups (DeepSeek-V2 eq. 29-31). Uniform: 1 where every token uses exactly
+    M groups."""
     (B, T), D = shape, config.n_groups
-    group = routing.expert.view(B, T, -1) // (routing.probs.shape[-1] // D)                       # (B, T, k)
+    # the groups that each token's experts lie in, and whether it is sent to group j at all
+    group = routing.expert.view(B, T, -1) // (routing.probs.shape[-1] // D)             # (B, T, k)
     sent = torch.zeros(B, T, D, device=group.device).scatter_(-1, group, 1.0)
-    f = sent.sum(1) * (D / (config.topk_groups * T))
+    # eq. 30: f'' = D / (M T) tokens sent to group j; eq. 31: P'' = its summed mean probability
+    f = sent.sum(1) * (D / (config.topk_groups * T))                                    # (B, D)
     P = routing.probs.view(B, T, D, -1).sum(-1).mean(1)
     return (f * P).sum(-1).mean()
 
@@ -104,25 +110,37 @@ LOSSES = dict(switch=switch_loss, gshard=gshard_loss, importance_load=importance
 def auxiliary_losses(routing, load, config, shape):
     """(aux, balance, z): what enters the objective with its coefficients, and the two losses before them.
 
-    load (E,) is what was sent before any capacity limit; shape = (B, T). loss_free adds the sequence loss of
-    DeepSeek-V3 with whatever coefficient balance_loss gives (its own: 0.0001); f counts the experts that were
-    chosen, where eq. 18 of 2412.19437 counts the k largest scores without the bias.
+    load (E,) is what was sent before any capacity limit; shape = (B, T). ValueError for a router that does
+    not give what a loss needs.
     """
     zero = torch.zeros((), device=load.device)
     balance = z = zero
+    # the balance loss; beside loss_free it is the sequence loss of DeepSeek-V3 (its coefficient: 0.0001),
+    # whose f counts the experts that were chosen, where eq. 18 counts the k best without the bias
     if config.balance != "none":
+        require(routing.probs, "probs", f"ffn.balance = \"{config.balance}\"", "steerable", config)
         balance = LOSSES[config.balance](routing, load, config, shape)
     aux = config.balance_loss * balance
+    # what some of them add to it
     if config.balance == "importance_load":
         aux = aux + config.load_loss * load_loss(routing)
     if config.balance == "deepseek" and config.device_loss:
         aux = aux + config.device_loss * device_loss(routing, config, shape)
     if config.balance == "deepseek" and config.comm_loss:
         aux = aux + config.comm_loss * comm_loss(routing, config, shape)
+    # and the z-loss, which any router with logits can have
     if config.z_loss:
+        require(routing.logits, "logits", "ffn.z_loss", "logits", config)
         z = z_loss(routing)
         aux = aux + config.z_loss * z
     return aux, balance, z
+
+
+def require(found, what, setting, trait, config):
+    """Raises ValueError where a router does not return what its traits promise."""
+    if found is None:
+        raise ValueError(f"{setting} needs {what} in the Routing of router {config.router}, which returned "
+                         f"none: return them, or say {trait}=False in its traits (routers.py)")
 
 
 @torch.no_grad()
@@ -133,3 +151,28 @@ def update_bias(bias, load, rate):
     the present batch would tell a token what later tokens chose.
     """
     bias += rate * torch.sign(load.mean() - load)
+
+
+def policy_loss(stats, token_loss, coefficient):
+    """() REINFORCE for the layers whose router sampled an expert (Clark et al. 2202.01169 sec. 3.3):
+    -(r - b) log pi(e) + (r - b)^2, with the reward r = -token_loss (B, T), the token's log-likelihood."""
+    loss, reward = torch.zeros((), device=token_loss.device), -token_loss.detach()
+    for s in stats:
+        if s.log_prob is not None:
+            # r moves by nats while the model learns: whitened over the batch, a step follows the router's
+            # choice and not the model's progress
+            advantage = (reward - s.baseline).detach()
+            white = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-5)
+            policy = -(white * s.log_prob).mean()
+            value = (reward - s.baseline).square().mean()
+            loss = loss + coefficient * (policy + value)
+    return loss
+
+
+def entropy(probs, load):
+    """Mean entropy of the routing distribution in nats; without probabilities that of the load."""
+    if probs is None:
+        load = global_sum(load)
+        probs = (load / load.sum()).unsqueeze(0)
+    p = probs.detach()
+    return -(p * p.clamp_min(1e-20).log()).sum(-1).mean()

@@ -1,13 +1,16 @@
-"""A GPT in one file: embeddings, rotary causal attention with a KV cache, and blocks whose feed-forward slot
-is open.
+"""A GPT in one file: embeddings, rotary causal attention with a KV cache, and blocks with two open slots: what
+mixes positions, and the feed-forward layer.
 
-What stands in the slot of each layer (dense, mixture of experts, PEER, PKM) is decided in one place,
-build_ffn, from the config; the rest of the model does not know. Every slot answers with its output and a
-Stats tuple, and GPT.forward hands both upward: losses that only train the router never mix with the
-cross-entropy that is reported.
+What stands in the slots is named in the config and looked up in MIXERS and KINDS; the rest of the model does
+not know. A feed-forward layer answers with its output and a Stats tuple (ffn.py),
+and GPT.forward hands both upward: losses that only train the router never mix with the cross-entropy that is
+reported.
 
-Axis letters: B sequences, T positions, S cached and new positions together, d = n_embd, V vocabulary.
+Letters as in ffn.py: B sequences, T positions, d width, V vocabulary; here also S, cached and new positions
+together.
 """
+import copy
+import difflib
 from typing import NamedTuple
 
 import torch
@@ -15,56 +18,71 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.norm import NormOnCPU
-from runtime.config import sparse_layers
-from moe import Dense, MoE
+import moe
+import peer
+from balance import LOSSES, policy_loss
+from ffn import ACTIVATIONS, Context, Dense, Stats, draw, fill_widths
+from moe import MoE
 from peer import PEER
-from routers import Context, Stats
+from routers import ROUTERS
 
 
-class Output(NamedTuple):
-    """What a forward pass returns."""
-    logits: Tensor | None               # (B, T, V); None in training with loss_chunks > 1
-    loss: Tensor | None                 # () mean cross-entropy alone, nats per token; None without targets
-    aux_loss: Tensor                    # () everything else in the training objective, coefficients applied
-    stats: list[Stats]                  # one per layer
+class Attention(nn.Module):
+    """Causal attention with rotary positions; query heads share n_kv_head keys and values (2305.13245).
 
+    What a mixer answers: forward(x (B, T, d), rotary, state, start) -> (B, T, d), where x follows `start`
+    earlier positions that `state`, made by new_state, remembers; init_weights; flops_per_token.
+    """
 
-class ParamCount(NamedTuple):
-    """Parameters in all, and those that one token uses."""
-    total: int
-    active: int
-
-
-class Cache:
-    """Keys and values of the positions seen so far, preallocated: two (n_layer, B, n_kv_head, block_size,
-    head) tensors."""
-
-    def __init__(self, config, batch_size, device, dtype):
-        head = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, head)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0                                         # positions filled; GPT.forward moves it on
-
-    def extend(self, layer, k, v):
-        """Writes the new keys and values (B, n_kv_head, T, head); returns all S of them."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (1910.07467 eq. 4), (..., d) -> (..., d)."""
-
-    def __init__(self, d):
+    def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
+        self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
+        self.head = config.n_embd // config.n_head
+        heads = self.n_head + 2 * self.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, heads * self.head, bias=config.qkv_bias)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x):
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
-            return NormOnCPU.apply(x, self.weight)
-        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
+    def init_weights(self, n_layer):
+        draw(self.qkv.weight)
+        draw(self.out.weight, n_layer)
+        if self.qkv.bias is not None:
+            nn.init.zeros_(self.qkv.bias)
+
+    def forward(self, x, rotary, state, start):
+        B, T, d = x.shape
+        # one product for queries, keys and values; the first two are turned by their positions
+        turned = self.n_head + self.n_kv_head
+        qk, v = self.qkv(x).view(B, T, -1, self.head).split([turned, self.n_kv_head], 2)
+        qk, v = rotate(qk, rotary).transpose(1, 2), v.transpose(1, 2)               # (B, heads, T, head)
+        q, k = qk.split([self.n_head, self.n_kv_head], 1)
+        # with a cache: all S keys and values so far, of which new token i sees the old ones and those up to i
+        mask = None
+        if state is not None:
+            k, v = extend(state, start, k, v)                                       # (B, n_kv_head, S, head)
+            if T > 1 and start:
+                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        y = F.scaled_dot_product_attention(
+            q.to(v.dtype), k.to(v.dtype), v, mask, self.dropout if self.training else 0.0,
+            is_causal=T > 1 and mask is None, enable_gqa=self.n_head != self.n_kv_head)
+        return self.out(y.transpose(1, 2).reshape(B, T, d))
+
+    def new_state(self, batch_size, block_size, dtype):
+        """Room for the keys and values of block_size positions, (2, B, n_kv_head, block_size, head)."""
+        shape = 2, batch_size, self.n_kv_head, block_size, self.head
+        return torch.zeros(shape, device=self.out.weight.device, dtype=dtype)
+
+    def flops_per_token(self, context):
+        """Forward FLOPs: projections, and scores and sums over the (T + 1) / 2 positions of the mean token."""
+        weights = self.qkv.weight.numel() + self.out.weight.numel()
+        return 2 * weights + 2 * 2 * self.out.out_features * (context + 1) / 2
+
+
+def extend(state, start, k, v):
+    """Writes the new keys and values (B, n_kv_head, T, head) behind `start` others; returns all S of them."""
+    end = start + k.shape[2]
+    state[0, :, :, start:end] = k
+    state[1, :, :, start:end] = v
+    return state[0, :, :, :end], state[1, :, :, :end]
 
 
 def rotary_table(head, block_size, base):
@@ -83,76 +101,89 @@ def rotate(x, table):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-class Attention(nn.Module):
-    """Causal attention with rotary positions; query heads share n_kv_head keys and values (2305.13245)."""
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (1910.07467 eq. 4), (..., d) -> (..., d)."""
 
-    def __init__(self, config):
+    def __init__(self, d):
         super().__init__()
-        self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
-        self.head = config.n_embd // config.n_head
-        heads = self.n_head + 2 * self.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, heads * self.head, bias=config.qkv_bias)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.weight = nn.Parameter(torch.ones(d))
 
-    def forward(self, x, table, cache, layer):
-        B, T, d = x.shape
-        turned = self.n_head + self.n_kv_head
-        qk, v = self.qkv(x).view(B, T, -1, self.head).split([turned, self.n_kv_head], 2)
-        qk, v = rotate(qk, table).transpose(1, 2), v.transpose(1, 2)                # (B, heads, T, head)
-        q, k = qk.split([self.n_head, self.n_kv_head], 1)
-        mask = None
-        if cache is not None:
-            k, v = cache.extend(layer, k.to(cache.k.dtype), v.to(cache.v.dtype))    # (B, n_kv_head, S, head)
-            if T > 1 and cache.length:             # new token i sees all cached ones and the new ones up to i
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
-        y = F.scaled_dot_product_attention(
-            q.to(v.dtype), k.to(v.dtype), v, mask, self.dropout if self.training else 0.0,
-            is_causal=T > 1 and mask is None, enable_gqa=self.n_head != self.n_kv_head)
-        return self.out(y.transpose(1, 2).reshape(B, T, d))
+    def forward(self, x):
+        # F.rms_norm is one kernel on CUDA; on a CPU it is a dozen, a sixth of the step of a small model
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
+            from kernels.norm import NormOnCPU
+            return NormOnCPU.apply(x, self.weight)
+        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
+
+
+# The names in a config of what can stand in the two slots of a block: a line here is a new mixer or layer.
+MIXERS = dict(attention=Attention)
+KINDS = dict(dense=Dense, moe=MoE, peer=PEER, pkm=PEER)
 
 
 def build_ffn(config, layer):
-    """The feed-forward layer of block `layer`: the one place that knows which kinds there are."""
-    f, d, sparse = config.ffn, config.model.n_embd, sparse_layers(config)
-    if layer not in sparse:
-        return Dense(d, f.d_dense if sparse else f.d_ff, f.activation)
-    if f.kind == "moe":
-        return MoE(f, d, config.model.vocab_size, layer)
-    return PEER(f, d, config.model.n_layer)
+    """The feed-forward layer of block `layer`: of the kind of [ffn] where that stands, else dense."""
+    f, m, sparse = config.ffn, config.model, sparse_layers(config)
+    if layer in sparse:
+        return KINDS[f.kind](f, m.n_embd, vocab_size=m.vocab_size, layer=layer, n_layer=m.n_layer)
+    return Dense(m.n_embd, f.d_dense if sparse else f.d_ff, f.activation)
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + ffn(norm x)."""
+    """x + mixer(norm x), then x + ffn(norm x)."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer = layer
         self.norm_attention = RMSNorm(config.model.n_embd)
-        self.attention = Attention(config.model)
+        self.attention = MIXERS[config.model.mixer](config.model)
         self.norm_ffn = RMSNorm(config.model.n_embd)
         self.ffn = build_ffn(config, layer)
         self.dropout = nn.Dropout(config.model.dropout)
 
-    def forward(self, x, ctx, table, cache):
-        x = x + self.dropout(self.attention(self.norm_attention(x), table, cache, self.layer))
+    def forward(self, x, ctx, rotary, state, start):
+        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, state, start))
         y, stats = self.ffn(self.norm_ffn(x), ctx)
         return x + self.dropout(y), stats
 
 
+class Output(NamedTuple):
+    """What a forward pass returns."""
+    logits: Tensor | None               # (B, T, V); None in training with loss_chunks > 1
+    loss: Tensor | None                 # () mean cross-entropy alone, nats per token; None without targets
+    aux_loss: Tensor                    # () everything else in the training objective, coefficients applied
+    stats: list[Stats]                  # one per layer
+
+
+class ParamCount(NamedTuple):
+    """Parameters in all, and those that one token uses."""
+    total: int
+    active: int
+
+
+class Cache:
+    """What the mixers remember of the positions seen so far, a state per layer."""
+
+    def __init__(self, states):
+        self.states, self.length = states, 0                    # positions seen; GPT.forward moves it on
+
+
 class GPT(nn.Module):
-    """The language model of a Config (model.vocab_size must be set).
+    """The language model of a Config, which is completed and checked here (ConfigError); model.vocab_size
+    must be set (ValueError).
 
     forward(idx (B, T), targets (B, T) or None, cache or None, domain (B,) or None, step) -> Output. With a
     cache, idx holds only the new tokens, and cached positions and T together may not pass block_size
-    (ValueError).
+    (ValueError). A training loop of one's own minimises loss + aux_loss and calls after_step([s.load for s
+    in stats]) after each optimizer step.
     """
 
     def __init__(self, config):
         super().__init__()
+        self.config = config = check(resolve(copy.deepcopy(config)))
+        self.sparse = sparse_layers(config)
         m = config.model
         if not m.vocab_size:
             raise ValueError("model.vocab_size = 0: take it from the tokenizer before building the model")
-        self.config = config
         self.embedding = nn.Embedding(m.vocab_size, m.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(m.n_layer))
         self.norm = RMSNorm(m.n_embd)
@@ -164,23 +195,14 @@ class GPT(nn.Module):
         if m.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    @torch.no_grad()
     def init_weights(self):
-        """Every matrix gets N(0, 1 / (2 fan_in)): with unit-variance input (the norm before it) each output
-        starts at variance 1/2, whatever the width. Matrices that write to the residual stream are divided by
-        sqrt(2 n_layer), so that the sum of all 2 n_layer writes, not each of them, has the size of one. The
-        embedding, also the tied head, gets std 0.02: first logits near 0, first loss near log V. No expert
-        starts at zero or like another. Routers and PEER tables are set where they are defined.
-        """
-        for name, p in self.named_parameters():
-            if name.endswith(("attention.qkv.weight", "w_in.weight", "experts.w_in")):
-                p.normal_(std=(2 * p.shape[-1]) ** -0.5)
-            elif name.endswith(("attention.out.weight", "w_out.weight", "experts.w_out")):
-                p.normal_(std=(2 * p.shape[-1]) ** -0.5 / (2 * len(self.blocks)) ** 0.5)
-            elif name in ("embedding.weight", "head.weight"):
-                p.normal_(std=0.02)
-            elif name.endswith(("qkv.bias", "shared_gate.weight")):
-                p.zero_()
+        """Embedding and head get std 0.02: first logits near 0, first loss near log V. Every layer draws its
+        own (ffn.draw); routers and PEER tables are drawn where they are made."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in self.blocks:
+            block.attention.init_weights(len(self.blocks))
+            block.ffn.init_weights(len(self.blocks))
+        nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, idx, targets=None, cache=None, domain=None, step=0):
         B, T = idx.shape
@@ -189,18 +211,21 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} positions do not fit model.block_size = "
                              f"{self.config.model.block_size}")
         ctx = Context(idx, domain, step, cache is not None)
-        table = self.rotary[:, start:start + T]
-        x, stats = self.dropout(self.embedding(idx)), []                    # (B, T, d)
-        for block in self.blocks:
-            x, s = block(x, ctx, table, cache)
+        rotary = self.rotary[:, start:start + T]
+        # embeddings, then block after block
+        x, stats = self.dropout(self.embedding(idx)), []                            # (B, T, d)
+        for i, block in enumerate(self.blocks):
+            x, s = block(x, ctx, rotary, None if cache is None else cache.states[i], start)
             stats.append(s)
         if cache is not None:
             cache.length += T
+        # what the layers add to the objective, apart from the loss that is reported
         x, aux = self.norm(x), sum(s.aux_loss for s in stats)
         if targets is None:
             return Output(self.head(x), None, aux, stats)
         logits, token_loss = self.token_loss(x, targets)
-        return Output(logits, token_loss.mean(), aux + self.policy_loss(stats, token_loss), stats)
+        aux = aux + policy_loss(stats, token_loss, self.config.ffn.rl_loss)
+        return Output(logits, token_loss.mean(), aux, stats)
 
     def token_loss(self, x, targets):
         """(logits, cross-entropy of each token (B, T) in float32); in slices and without logits if
@@ -213,43 +238,37 @@ class GPT(nn.Module):
             logits = self.head(x)
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
             return logits, loss.view_as(targets)
-        parts = [checkpoint(slice_loss, a, t, use_reentrant=False)   # backward makes the slice's logits again
+        # backward makes the slice's logits again
+        parts = [checkpoint(slice_loss, a, t, use_reentrant=False)
                  for a, t in zip(x.flatten(0, 1).chunk(chunks), targets.flatten().chunk(chunks))]
         return None, torch.cat(parts).view_as(targets)
 
-    def policy_loss(self, stats, token_loss):
-        """REINFORCE for routers that sampled an expert: -(r - b) log pi(e) and (r - b)^2, with the reward r
-        the token's log-likelihood (Clark et al. 2202.01169). The advantage is whitened over the batch: r
-        moves by nats while the model learns, and an unscaled step would follow the model's progress instead
-        of the router's choice."""
-        loss, reward = torch.zeros((), device=token_loss.device), -token_loss.detach()
-        for s in stats:
-            if s.log_prob is not None:
-                advantage = (reward - s.baseline).detach()
-                white = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-5)
-                policy, value = -(white * s.log_prob).mean(), (reward - s.baseline).square().mean()
-                loss = loss + self.config.ffn.rl_loss * (policy + value)
-        return loss
-
     def new_cache(self, batch_size=1, dtype=None):
         """An empty Cache for `batch_size` sequences on the model's device."""
-        weight = self.embedding.weight
-        return Cache(self.config.model, batch_size, weight.device, dtype or weight.dtype)
+        dtype, T = dtype or self.embedding.weight.dtype, self.config.model.block_size
+        return Cache([block.attention.new_state(batch_size, T, dtype) for block in self.blocks])
 
-    def update_balance(self, loads):
+    def after_step(self, loads):
         """After each optimizer step: hands every layer the load that it saw in that step, a list of (E,)
-        tensors."""
+        tensors. Loss-free balancing moves its biases here."""
         for block, load in zip(self.blocks, loads):
-            if isinstance(block.ffn, MoE):
-                block.ffn.update_bias(load)
+            block.ffn.after_step(load)
 
     def set_token_counts(self, counts):
-        """Before training: how often each token id occurs in the corpus, (V,), for ffn.hash_table =
-        "balanced"; nothing else looks at it."""
-        f = self.config.ffn
+        """Before training: how often each token id occurs in the corpus, (V,), for balanced hash tables."""
         for block in self.blocks:
-            if isinstance(block.ffn, MoE) and f.router == "hash" and f.hash_table == "balanced":
-                block.ffn.router.balance(counts)
+            block.ffn.set_token_counts(counts)
+
+    def differences(self):
+        """Why several processes would not train the model that one process would: list of texts."""
+        found = [text for block in self.blocks for text in block.ffn.differences()]
+        if self.config.model.dropout:
+            found.append("each process draws its own dropout")
+        return list(dict.fromkeys(found))
+
+    def not_compiled(self):
+        """Why torch.compile cannot take it, or an empty text."""
+        return next(filter(None, (block.ffn.not_compiled() for block in self.blocks)), "")
 
     def num_params(self):
         """ParamCount(total, active): a tied head counts once; of the routed experts only those that a token
@@ -258,11 +277,80 @@ class GPT(nn.Module):
         return ParamCount(total, total - sum(block.ffn.inactive_params() for block in self.blocks))
 
     def flops_per_token(self, context=None):
-        """Forward FLOPs per token, a product of (n, a) and (a, b) as 2ab: projections, scores over the mean
-        number of positions that a causal token sees, feed-forward layers with router and retrieval, head.
-        Training: 3 times."""
+        """Forward FLOPs per token, a product of (n, a) and (a, b) as 2ab: mixers, feed-forward layers with
+        router and retrieval, head. Training: 3 times."""
         m, T = self.config.model, context or self.config.model.block_size
-        attention = sum(2 * layer.weight.numel() for layer in self.blocks[0].attention.children())
-        attention += 2 * 2 * m.n_embd * (T + 1) / 2
-        ffn = sum(block.ffn.flops_per_token() for block in self.blocks)
-        return int(m.n_layer * attention + ffn + 2 * m.n_embd * m.vocab_size)
+        blocks = sum(b.attention.flops_per_token(T) + b.ffn.flops_per_token() for b in self.blocks)
+        return int(blocks + 2 * m.n_embd * m.vocab_size)
+
+
+# ---- the config of a model: what follows from what, and what fits together
+
+
+def sparse_layers(config):
+    """Indices of the layers whose feed-forward slot holds the kind of [ffn]; all others are dense."""
+    f = config.ffn
+    if f.kind == "dense":
+        return []
+    every = [i for i in range(config.model.n_layer) if (i + 1) % f.moe_every == 0]
+    return [i for i in (sorted(set(f.moe_layers)) or every) if i >= f.n_dense_first]
+
+
+def resolve(config):
+    """Fills in, in place, the values that follow from others (0 in the file), so that a saved config says
+    what ran. Raises ConfigError for a name that does not exist."""
+    m, f = config.model, config.ffn
+    for key, known in (("model.mixer", MIXERS), ("ffn.kind", KINDS), ("ffn.router", ROUTERS),
+                       ("ffn.balance", ["auto", "none", *LOSSES]), ("ffn.activation", ["swiglu", *ACTIVATIONS])):
+        if config.get(key) not in known:
+            near = difflib.get_close_matches(str(config.get(key)), known, n=1, cutoff=0.5)
+            config.fail(key, f"is not one of {', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else ""))
+    m.n_kv_head = m.n_kv_head or m.n_head
+    fill_widths(f, m.n_embd)
+    peer.fill_keys(config, m.n_embd)
+    moe.fill_choices(config)
+    if not f.moe_every:
+        f.moe_every = 1
+        f.moe_layers = f.moe_layers or KINDS[f.kind].usual_layers(m.n_layer)
+    return config
+
+
+def check(config):
+    """The config, if model and layers fit together; raises ConfigError naming the first key that does not."""
+    m, f = config.model, config.ffn
+    checks = [
+        (m.n_embd % m.n_head, "model.n_embd", f"cannot be divided by model.n_head = {m.n_head}"),
+        (m.n_embd % m.n_head == 0 and m.n_embd // m.n_head % 2, "model.n_embd",
+         f"gives heads of odd width {m.n_embd // m.n_head}; rotary positions turn pairs, so make it even"),
+        (m.n_head % m.n_kv_head, "model.n_kv_head", f"must divide model.n_head = {m.n_head}"),
+        (any(not 0 <= i < m.n_layer for i in f.moe_layers), "ffn.moe_layers",
+         f"names a layer outside 0..{m.n_layer - 1}"),
+        (f.kind != "dense" and not sparse_layers(config),
+         "ffn.n_dense_first" if f.n_dense_first else "ffn.moe_every",
+         f"leaves none of the {m.n_layer} layers sparse; for a dense model set ffn.kind = \"dense\""),
+    ]
+    for wrong, key, why in checks + KINDS[f.kind].checks(config):
+        if wrong:
+            config.fail(key, why)
+    return config
+
+
+def load_config(path=None, overrides=()):
+    """The complete Config of a TOML file and of (key, value) pairs, values as Python has them or as text from
+    a command line. With train.init_from the model is not known yet, and nothing is checked but each value.
+    Raises ConfigError."""
+    from runtime.config import check_run, read_config
+    config = resolve(read_config(path, overrides))
+    return config if config.train.init_from else check_run(check(config))
+
+
+def load_model(folder, device="cpu", which="best"):
+    """(GPT in evaluation mode, Config, Tokenizer, header) of a run folder; which: "best" or "last", best
+    falls back to last where a run has not been evaluated. Raises CheckpointError."""
+    from data.tokenizers import Tokenizer
+    from runtime import checkpoint, config
+    saved = checkpoint.load_plain(folder, device, which)
+    settings = resolve(config.from_tables(saved.header["config"], str(folder)))
+    model = GPT(settings).to(device)
+    checkpoint.load_weights(model, saved.model, folder)
+    return model.eval(), settings, Tokenizer.from_dict(saved.header["tokenizer"]), saved.header

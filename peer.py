@@ -1,23 +1,23 @@
 """A million experts: product-key retrieval, PEER (2407.04153), and PKM (1907.05242), which it grew from.
 
-An expert is one neuron, e_i(x) = act(x . u_i) v_i; a token uses R = h k of the N = m^2 there are:
+An expert is one neuron, e_i(x) = act(x . u_i) v_i; a token uses R = h k of the E = m^2 there are:
 
     q = norm(x W_q)                     h queries, each cut into two halves q', q"
     s_ij = q' . c_i + q" . c'_j         score of expert i m + j: 2 m dot products make m^2 scores
     y = sum over heads and their k best experts of softmax(s) act(x . u) v          (PKM: softmax(s) v)
 
-`retrieve` and `experts_readable` are the paper. The rest is about never holding the gathered rows
-(n, R, 2, d), 256 KiB a token at R = 128, d = 256, each of them used once.
+`retrieve` and `experts_readable` are the paper. The fast paths, in kernels/, never hold the gathered rows
+(N, R, 2, d): 256 KiB a token at R = 128, d = 256, each of them used once.
 
-- u_i and v_i lie side by side in one table (N, 2, d): one index, one gradient, one optimizer entry. Sub-keys
+- u_i and v_i lie side by side in one table (E, 2, d): one index, one gradient, one optimizer entry. Sub-keys
   and experts are shared by all heads, as in the paper.
 - Queries, scores and gates are float32, also under autocast: a rounded score flips a choice. Tables stay
   float32 and are never converted as a whole: readable converts the rows it gathered, lean and fused compute
   in float32.
-- A table's gradient is added to the .grad that is there, if there is one: see GatheredExperts.
+- A table's gradient is added to the .grad that is there, if there is one: see kernels.peer.GatheredExperts.
 
-Axis letters: B sequences, T positions, n = B*T tokens, d width, h heads, k experts per head, R = h*k rows per
-token, N experts, p the 2 halves of a query, c width of a half, m sub-keys of each half (n_keys).
+Letters as in ffn.py: N tokens, d width, E experts, h heads, k experts of a head, R = h k rows of a token,
+m sub-keys of each half (n_keys); here also p, the 2 halves of a query, and c, the width of one.
 """
 import math
 
@@ -25,21 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.common import ACTIVATIONS, use_triton
-from kernels.peer import GatheredExperts
-from kernels.product_keys import TopKLean
-from routers import Stats
+from ffn import ACTIVATIONS, FeedForward, Stats, by_hand
 from runtime.parallel import global_mean, world
 
 
 class BatchNorm(nn.Module):
-    """Batch norm of (n, width) whose running statistics are of use after a few steps: the mean over all
-    batches until there are 1 / momentum of them, then a moving average. (The usual start at 0 and 1 still
-    weighs 12 % after 20 steps.)
-
-    Evaluation uses them alone: no token depends on its neighbours. Training uses the micro-batch, of all
-    processes together, in which a padded position counts like a real one: do not pad. ValueError for one
-    training token.
+    """Batch norm of (N, width), whose evaluation goes by running statistics alone: no token depends on its
+    neighbours. Training goes by the micro-batch, of all processes together, in which a padded position counts
+    like a real one: do not pad. ValueError for one training token.
     """
 
     def __init__(self, width, momentum=0.1):
@@ -55,6 +48,7 @@ class BatchNorm(nn.Module):
             return F.batch_norm(x, self.mean, self.var, self.weight, self.bias)
         if len(x) * world() < 2:
             raise ValueError('ffn.query_norm = "batchnorm" cannot train on one token; take "layernorm"')
+        # several processes: the moments of all of them
         if world() > 1:
             y, mean, var = normalise(x)
             self.remember(mean.detach(), var.detach())
@@ -65,7 +59,8 @@ class BatchNorm(nn.Module):
         return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
 
     def remember(self, mean, var):
-        """Moves the running statistics."""
+        """Moves the running statistics: the mean over all batches until there are 1 / momentum of them, then
+        a moving average. (The usual start at 0 and 1 still weighs 12 % after 20 steps.)"""
         self.batches += 1
         rate = (1 / self.batches).clamp_min(self.momentum)
         self.mean.lerp_(mean, rate)
@@ -73,68 +68,67 @@ class BatchNorm(nn.Module):
 
 
 def normalise(x):
-    """(x, (n, width), normalised, mean, unbiased variance) by the moments of all processes' x together."""
+    """(x (N, width), normalised, mean, unbiased variance) by the moments of all processes' x together."""
     mean = global_mean(x.mean(0))
     centred, n = x - mean, len(x) * world()
     var = global_mean(centred.square().mean(0))
     return centred * (var + 1e-5).rsqrt(), mean, var * (n / (n - 1))
 
 
-def cartesian_candidates(k):
-    """Ranks (i, j), two int64 tensors, of the pairs that can be among the k largest sums of two descending
-    lists: those with (i + 1)(j + 1) <= k, 50 of 256 at k = 16. Each other pair is matched or beaten by k
-    pairs of better ranks, so leaving it out changes no value of the top k, ties and rounded sums included.
-    Keep as buffers."""
-    rank = torch.arange(1, k + 1)
-    return (rank[:, None] * rank <= k).nonzero(as_tuple=True)
-
-
 class Queries(nn.Module):
-    """x (n, d) -> (n, h, 2, c): linear, then batchnorm of each of the 2hc features, layernorm of each query,
+    """x (N, d) -> (N, h, 2, c): linear, then batchnorm of each of the 2hc features, layernorm of each query,
     or none. Starts at unit variance for x of unit variance."""
 
     def __init__(self, d, heads, d_key, norm):
         super().__init__()
         self.heads, self.weight = heads, nn.Parameter(torch.randn(heads * d_key, d) * d ** -0.5)
-        self.norm = (BatchNorm(heads * d_key) if norm == "batchnorm" else
-                     nn.LayerNorm(d_key) if norm == "layernorm" else nn.Identity())
+        if norm == "batchnorm":
+            self.norm = BatchNorm(heads * d_key)
+        else:
+            self.norm = nn.LayerNorm(d_key) if norm == "layernorm" else nn.Identity()
 
     def forward(self, x):
-        q = F.linear(x.to(self.weight.dtype), self.weight)
+        q = F.linear(x.to(self.weight.dtype), self.weight)                              # (N, 2hc)
         q = q.view(len(x), self.heads, -1) if isinstance(self.norm, nn.LayerNorm) else q
         return self.norm(q).view(len(x), self.heads, 2, -1)
 
 
-def retrieve(q, sub_keys, k, candidates, topk):
-    """The k best of the m^2 experts for each query: q (n, h, 2, c), sub_keys (2, m, c) -> scores (n, h, k),
-    descending, and experts (n, h, k) int32.
+def cartesian_candidates(k):
+    """Ranks (i, j), two int64 tensors, of the pairs that can be among the k largest sums of two descending
+    lists: those with (i + 1)(j + 1) <= k, 50 of 256 at k = 16. Each other pair is matched or beaten by k
+    pairs of better ranks, so leaving it out changes no value of the top k, ties and rounded sums included."""
+    rank = torch.arange(1, k + 1)
+    return (rank[:, None] * rank <= k).nonzero(as_tuple=True)
 
-    Exact: the sum of ranks i and j is matched or beaten by (i + 1)(j + 1) - 1 others, so that only
-    `candidates`, the pairs with (i + 1)(j + 1) <= k, are needed. Ties: the scores are always the k highest;
-    to which of several equal experts they belong is up to topk.
-    """
-    scores, indices = topk(q, sub_keys, k)                                          # (n, h, 2, k)
-    i, j = candidates                                                               # 50 pairs at k = 16
-    best, at = (scores[:, :, 0].index_select(2, i) + scores[:, :, 1].index_select(2, j)).topk(k, -1)
-    expert = indices[:, :, 0].index_select(2, i) * sub_keys.shape[1] + indices[:, :, 1].index_select(2, j)
+
+def retrieve(q, sub_keys, k, candidates, topk):
+    """The k best of the m^2 experts for each query: q (N, h, 2, c), sub_keys (2, m, c) -> scores (N, h, k),
+    descending, and experts (N, h, k) int32. Exact; to which of several equal experts the scores belong is up
+    to `topk`, the function that finds the k best sub-keys of each half."""
+    scores, indices = topk(q, sub_keys, k)                                              # (N, h, 2, k)
+    first, second = scores.unbind(2)                                                    # (N, h, k) each
+    i, j = candidates                                                                   # 50 pairs at k = 16
+    # s_ij = q' . c_i + q" . c'_j of the candidates, and the k best of them
+    best, at = (first.index_select(2, i) + second.index_select(2, j)).topk(k, -1)
+    # expert i m + j, from the sub-keys' own numbers
+    first, second = indices.unbind(2)
+    expert = first.index_select(2, i) * sub_keys.shape[1] + second.index_select(2, j)
     return best, expert.gather(2, at).int()
 
 
 def topk_readable(q, sub_keys, k):
-    """Scores and indices (n, h, 2, k) of the k best sub-keys of each half."""
+    """Scores and indices (N, h, 2, k) of the k best sub-keys of each half."""
     return torch.einsum("nhpc,pmc->nhpm", q, sub_keys).topk(k, -1)
 
 
-# ---- experts: x (n, d), table (N, 2, d), experts idx (n, R), gate (n, R) -> y (n, d)
-# ---- PKM: table (N, 1, d), which holds v alone, and activation None
-
-
 def experts_readable(x, table, idx, gate, activation):
-    """The path to read first, and the oracle of the others; any dtype."""
-    rows = table.index_select(0, idx.flatten()).view(*idx.shape, *table.shape[1:])          # (n, R, 2, d)
+    """The path to read first, and the oracle of the others; any dtype. x (N, d), table (E, 2, d), experts idx
+    (N, R), gate (N, R) -> y (N, d). PKM: table (E, 1, d), which holds v alone, and activation None."""
+    rows = table.index_select(0, idx.flatten()).view(*idx.shape, *table.shape[1:])      # (N, R, 2, d)
     *u, v = rows.unbind(2)
+    # act(x . u) weighs v, beside the router's gate
     if activation:
-        gate = ACTIVATIONS[activation](torch.einsum("nd,nrd->nr", x, *u)) * gate
+        gate = ACTIVATIONS[activation](torch.einsum("nd,nrd->nr", x, *u)) * gate        # (N, R)
     return torch.einsum("nr,nrd->nd", gate, v)
 
 
@@ -145,8 +139,10 @@ def choose_path(wanted, table):
     forward is one kernel as it is, embedding_bag: lean. Elsewhere, on MPS: readable, which needs only gathers
     and products. Raises ValueError for an explicit fused that cannot run.
     """
-    refusal = ("PKM has no neurons" if table.shape[1] == 1 else
-               "" if use_triton(table) else "it needs a CUDA device and Triton")
+    from kernels.common import use_triton               # fast paths are read where they are used
+    refusal = "PKM has no neurons" if table.shape[1] == 1 else ""
+    if not refusal and not use_triton(table):
+        refusal = "it needs a CUDA device and Triton"
     if wanted == "fused" and refusal:
         raise ValueError(f'ffn.peer_path = "fused" cannot run: {refusal}; use "auto" or "lean"')
     if wanted != "auto":
@@ -157,59 +153,75 @@ def choose_path(wanted, table):
 
 
 def second_moment(activation):
-    """E[act(z)^2] for z ~ N(0, 1/2), what a first matrix of model.py gives; swiglu: times E[up^2] = 1/2."""
+    """E[act(z)^2] for z ~ N(0, 1/2), what a first matrix of ffn.draw gives; swiglu: times E[up^2] = 1/2."""
     z = torch.linspace(-6, 6, 2001, device="cpu", dtype=torch.float64)
     p = (-z.square()).exp()
-    return (ACTIVATIONS[activation](z).square() @ p / p.sum()).item() * (0.5 if activation == "swiglu" else 1)
+    function, factor = (F.silu, 0.5) if activation == "swiglu" else (ACTIVATIONS[activation], 1)
+    return (function(z).square() @ p / p.sum()).item() * factor
 
 
-class PEER(nn.Module):
+class PEER(FeedForward):
     """The feed-forward layer of single-neuron experts (kind "peer"), or of values without neurons ("pkm").
 
-    PEER(config.ffn, n_embd, n_layer); forward(x (B, T, d), ctx) -> (y (B, T, d), Stats); Stats.load is the
-    router weight that each of the N experts got. Causal, and no sequence sees another, but for BatchNorm in
+    PEER(config, d, n_layer=L): an FFNConfig, completed and checked (ConfigError) if it was made by hand. Stats.load is the
+    router weight that each of the E experts got. Causal, and no sequence sees another, but for BatchNorm in
     training.
     """
+    many = True
+    steerable = True
+    columns = ("n_keys", "peer_heads", "peer_top_k")
 
-    def __init__(self, config, d, n_layer):
+    def __init__(self, config, d, vocab_size=0, layer=0, n_layer=1):
         super().__init__()
-        self.config, self.n_expert = config, config.n_keys ** 2
+        if not (config.d_ff and config.d_key):
+            config = by_hand(config, d, fill_keys, self.checks)
+        self.config = config
+        self.n_expert = config.n_keys ** 2
+        self.n_active = config.peer_heads * config.peer_top_k
         self.activation = config.peer_activation if config.kind == "peer" else None
         self.queries = Queries(d, config.peer_heads, config.d_key, config.query_norm)
         self.sub_keys = nn.Parameter(torch.empty(2, config.n_keys, config.d_key // 2))
         self.table = nn.Parameter(torch.empty(self.n_expert, 2 if self.activation else 1, d))
+        self.table.keep_grad = True             # 2 GiB of fresh memory cost a CPU more than filling it
         with torch.device("cpu"):                                       # nonzero() has no meta version
             candidates = torch.stack(cartesian_candidates(config.peer_top_k))
         self.register_buffer("candidates", candidates.to(self.table.device), persistent=False)
-        self.init_weights(n_layer)
+        self.draw_weights(n_layer)              # here and not in init_weights: a million rows are drawn once
 
     @torch.no_grad()
-    def init_weights(self, n_layer):
-        """The output starts with the variance of the dense layer that it replaces: E[act^2] / (4 n_layer), by
-        GPT.init_weights. Here it is var(v) E[act^2] S, u being drawn like a dense first matrix, and S the
-        expected sum, over experts, of the squared gate that a token gives them. Sub-keys all have squared
-        length 1/2: no expert is favoured, scores have variance 1, and the best k are so close that softmax is
-        nearly uniform. A head gives its k experts about 1/k each (the spread adds 5 % to the square); two
-        heads meet in k^2/N experts: S = 1.05 h/k + h(h-1)/N. Sigmoid gates do not sum to 1: S is larger by
-        (k g)^2, g = sigmoid(sqrt(2 log(N/k))), since there lie the best k of N normal scores.
-        """
-        c, h, k, N = self.config, self.config.peer_heads, self.config.peer_top_k, self.n_expert
-        S = 1.05 * h / k + h * (h - 1) / N
+    def draw_weights(self, n_layer):
+        """So that the output starts with the variance of the dense layer that it replaces, E[act^2] /
+        (4 n_layer) by ffn.draw. Here it is var(v) E[act^2] S, where S is the expected sum, over experts, of
+        the squared gate that a token gives them."""
+        c, h, k, E = self.config, self.config.peer_heads, self.config.peer_top_k, self.n_expert
+        # Scores have variance 1, and the best k are so close that softmax is nearly uniform: a head gives its
+        # k experts about 1/k each (the spread adds 5 % to the square). Two heads meet in k^2 / E experts.
+        S = 1.05 * h / k + h * (h - 1) / E
+        # Sigmoid gates do not sum to 1: S is larger by (k g)^2, where g is the sigmoid of sqrt(2 log(E / k)),
+        # since there lie the best k of E normal scores.
         if c.peer_score == "sigmoid":
-            S *= (k / (1 + math.exp(-math.sqrt(2 * math.log(N / k))))) ** 2
+            S *= (k / (1 + math.exp(-math.sqrt(2 * math.log(E / k))))) ** 2
+        # u is drawn like a dense first matrix, v so that the variances agree
         own = second_moment(self.activation) if self.activation else 1
         std_u = (2 * self.table.shape[2]) ** -0.5
         std_v = (second_moment(c.activation) / (4 * n_layer * own * S)) ** 0.5
+        # sub-keys all have squared length 1/2: no expert is favoured
         self.sub_keys.copy_(F.normalize(torch.randn_like(self.sub_keys), dim=-1) * 0.5 ** 0.5)
         self.table.normal_().mul_(torch.tensor([std_u, std_v])[-self.table.shape[1]:, None])
 
     def forward(self, x, ctx):
+        from kernels.peer import GatheredExperts
+        from kernels.product_keys import TopKLean
         c, (B, T, d) = self.config, x.shape
-        flat, path = x.reshape(B * T, d), choose_path(c.peer_path, self.table)
+        flat = x.reshape(B * T, d)
+        path = choose_path(c.peer_path, self.table)
+        # h queries of each token, and the k best experts of each query, (N, h, k)
         with torch.autocast(x.device.type, enabled=False):
             topk = topk_readable if path == "readable" else TopKLean.apply
             score, idx = retrieve(self.queries(flat), self.sub_keys, c.peer_top_k, self.candidates, topk)
-        gate = score.softmax(-1) if c.peer_score == "softmax" else score.sigmoid()          # (n, h, k)
+        # gates, each head's own
+        gate = score.softmax(-1) if c.peer_score == "softmax" else score.sigmoid()      # (N, h, k)
+        # the R = h k experts of each token, weighted and summed
         chosen = self.table, idx.flatten(1), gate.flatten(1), self.activation
         if path == "readable":
             y = experts_readable(flat, *chosen)
@@ -218,17 +230,30 @@ class PEER(nn.Module):
         return y.to(x.dtype).view(B, T, d), self.stats(idx.flatten(1), gate.detach(), (B, T))
 
     def stats(self, idx, gate, shape):
-        """Stats of experts idx (n, R) and gates (n, h, k)."""
+        """Stats of experts idx (N, R) and gates (N, h, k)."""
         zero, weight = torch.zeros((), device=gate.device), gate.flatten(1).float()
         load = zero.new_zeros(self.n_expert).index_add_(0, idx.flatten(), weight.flatten())
         entropy = torch.special.entr(gate / gate.sum(-1, keepdim=True)).sum(-1).mean().float()
         top = idx.gather(1, weight.argmax(1, keepdim=True)).view(shape).long()
-        return Stats(zero, zero, zero, load, zero, entropy, top)
+        return Stats(load, top, zero, zero, zero, zero, entropy)
+
+    @staticmethod
+    def checks(config):
+        f = config.ffn
+        return FeedForward.checks(config) + [
+            (f.peer_top_k > f.n_keys, "ffn.peer_top_k", f"is more than ffn.n_keys = {f.n_keys}"),
+            (f.d_key % 2, "ffn.d_key", "must be even: each half queries one table of sub-keys")]
+
+    @staticmethod
+    def usual_layers(n_layer):
+        return [n_layer // 2]                   # the paper replaces one layer, in the middle
+
+    def describe(self, dtype):
+        c, path = self.config, choose_path(self.config.peer_path, self.table)
+        return f"{self.n_expert:,} rows, {c.peer_heads} heads x {c.peer_top_k} a token, path {path}"
 
     def inactive_params(self):
-        """Parameters of the rows that a token does not retrieve."""
-        active = min(self.config.peer_heads * self.config.peer_top_k, self.n_expert)
-        return (self.n_expert - active) * self.table[0].numel()
+        return max(0, self.n_expert - self.n_active) * self.table[0].numel()
 
     def flops_per_token(self):
         """Forward FLOPs: queries, scores of both halves, an addition per candidate, and the R experts."""
@@ -236,11 +261,13 @@ class PEER(nn.Module):
         experts = 2 * c.peer_top_k * parts * d
         return c.peer_heads * (2 * d * c.d_key + 2 * c.n_keys * c.d_key + self.candidates.shape[1] + experts)
 
+    def not_grown(self):
+        return "an expert is a pair of sub-keys, so they come a whole row and column of a grid at a time"
 
-def usage(load):
-    """(share of experts used, unevenness) of accumulated router weights (N,): log N + sum z log z with z the
-    normalised load, 0 when even, log N when one expert gets all (2407.04153 sec. 3.3). Sum the loads of a
-    whole validation set first: a few tokens cannot reach a million experts."""
-    z = load.double() / load.sum(dtype=torch.float64)
-    uneven = math.log(load.numel()) - torch.special.entr(z).sum()
-    return (load > 0).double().mean().item(), uneven.item()
+    def remedy(self):
+        return "ffn.query_norm = \"batchnorm\", or a lower train.lr"
+
+
+def fill_keys(config, d):
+    """Sets the width of a query that is 0 in a Config: half of n_embd, made even."""
+    config.ffn.d_key = config.ffn.d_key or 2 * (d // 4) or 2

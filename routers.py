@@ -1,16 +1,17 @@
 """How tokens choose experts: every router, one screen each.
 
-A router is called as `router(x, ctx) -> Routing` with x (n, d), the n = B*T tokens of a batch in (sequence,
+A router is called as `router(x, ctx) -> Routing` with x (N, d), the N = B*T tokens of a batch in (sequence,
 position) order. Its answer is a list of P pairs (token, expert, weight), P known from shapes alone, so that
 nothing waits for the host. Logits, softmax and gates are float32 whatever the model computes in: a rounded
 logit flips a top-k choice.
 
-Axis letters: B sequences, T positions, n = B*T tokens, d width, E experts, k experts per token, P pairs.
+What a router may look at decides where it can be used. So each class says in its traits, as data:
+  gate              whether it is normalised before or after the selection
+  ahead             when a later token of the sequence can change this token's output (it is not causal)
+  across            when another sequence of the batch can change it
+From the traits come the help, the README's table, the warnings and the tests.
 
-What a router may look at decides where it can be used, so each docstring answers three questions:
-  gate        is it normalised before or after the selection?
-  causal      can a later token of the sequence change this token's output?
-  neighbours  can another sequence of the batch change it?
+A new router is a class with its traits, and a line in ROUTERS at the end of this file.
 """
 import math
 from typing import NamedTuple
@@ -19,26 +20,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Context(NamedTuple):
-    """What a feed-forward layer may know beside its input."""
-    token_ids: Tensor                   # (B, T)
-    domain: Tensor | None = None        # (B,) index of the corpus that each sequence came from
-    step: Tensor | int = 0     # optimizer step; a 0-d tensor under torch.compile, which would guard on an int
-    generating: bool = False            # a KV cache is in use: x holds the newest positions only
+ALL = -1                                # Traits.k of a router that sends every token to every expert
 
 
-class Stats(NamedTuple):
-    """What a feed-forward layer reports upward, the same for every kind."""
-    aux_loss: Tensor                  # () what the layer adds to the training objective, coefficients applied
-    balance_loss: Tensor                # () before its coefficient
-    z_loss: Tensor                      # () before its coefficient
-    load: Tensor                    # (E,) pairs sent to each expert; PEER: router weight given to each expert
-    dropped: Tensor                     # () share of the pairs that found no slot
-    entropy: Tensor                     # () mean entropy of the routing distribution, nats
-    top_expert: Tensor                  # (B, T) the expert of largest weight
-    log_prob: Tensor | None = None      # (B, T) of the sampled expert, and the reward expected: a router that
-    baseline: Tensor | None = None   # learns from the token's own loss (rl) leaves its objective to the model
+class Traits(NamedTuple):
+    """What is true of a router. Its k is the number of experts of a token: 0 means that ffn.top_k decides."""
+    says: str                           # what it does, in a few words
+    paper: str                          # whose it is, and its arXiv number
+    gate: str                           # what its weights are
+    k: int = 0
+    balance: str = "switch"             # what ffn.balance = "auto" becomes
+    steerable: bool = True              # it gives probs, which a balancing loss can move
+    logits: bool = True                 # it gives logits, x W_r in self.score: it learns, and has a z-loss
+    noise: bool = False                 # it draws in training
+    ahead: str = ""                     # "in training", "always", or never
+    across: str = ""                    # likewise
+    capacity: bool = True               # its pairs may compete for slots
+    groups: bool = False                # it can be limited to some groups of experts
+    compiles: bool = True
+    not_grown: str = ""                 # why a trained layer can get no more experts; empty: it can
+    remedy: str = ""                    # what evens out its load, where no balancing can
+    sampling: str = ""                  # what a reader of sampled text should know
+
+    def looks(self):
+        """What else than the token's own past decides its experts, as a text for people."""
+        found = []
+        if self.noise:
+            found.append("draws noise in training")
+        if self.ahead == self.across != "":
+            found.append(f"looks ahead and across the batch {self.ahead}")
+        elif self.across:
+            found.append(f"looks across the batch {self.across}")
+        if not self.compiles:
+            found.append("never compiled")
+        if self.differs():
+            found.append(DIFFERS)
+        return "; ".join(found)
+
+    def differs(self):
+        """Whether several processes train another model with it than one process would."""
+        return self.noise or bool(self.across)
+
+
+DIFFERS = "differs under several processes"
 
 
 class Routing(NamedTuple):
@@ -47,23 +71,35 @@ class Routing(NamedTuple):
     weight: Tensor                      # (P,) float32
     token: Tensor                       # (P,)
     k: int                              # 0: tokens do not all have the same number of experts
-    logits: Tensor | None = None        # (n, E) for the z-loss
-    probs: Tensor | None = None         # (n, E) for the balance losses, each row sums to 1
+    logits: Tensor | None = None        # (N, E) for the z-loss
+    probs: Tensor | None = None         # (N, E) for the balance losses, each row sums to 1
     keep: Tensor | None = None          # (P,) bool, pairs that travel; None: all
     smooth_load: Tensor | None = None   # (E,) differentiable estimate of the load (Shazeer)
-    log_prob: Tensor | None = None      # (n,)
-    baseline: Tensor | None = None      # (n,)
+    log_prob: Tensor | None = None      # (N,) of the expert that was sampled
+    baseline: Tensor | None = None      # (N,) the reward that was expected
+
+    def by_token(self):
+        """(experts, weights), both (N, k), of a router whose tokens all choose k."""
+        return self.expert.view(-1, self.k), self.weight.view(-1, self.k)
 
 
 def pairs(indices, weights, **more):
-    """Routing of tokens that choose k experts each; indices, weights (n, k)."""
-    n, k = indices.shape
-    token = torch.arange(n, device=indices.device).repeat_interleave(k)
+    """Routing of tokens that choose k experts each; indices, weights (N, k)."""
+    N, k = indices.shape
+    token = torch.arange(N, device=indices.device).repeat_interleave(k)
     return Routing(indices.flatten(), weights.flatten(), token, k, **more)
 
 
+def top_expert(routing, shape):
+    """(B, T) expert of largest weight; expert choice: the expert that scores the token highest."""
+    if not routing.k:
+        return routing.probs.argmax(-1).view(shape)
+    experts, weights = routing.by_token()
+    return experts.gather(1, weights.argmax(-1, keepdim=True)).view(shape)
+
+
 class Linear32(nn.Module):
-    """x W^T in float32 even under autocast: (n, d) -> (n, out)."""
+    """x W^T in float32 even under autocast: (N, d) -> (N, out)."""
 
     def __init__(self, d, out, bias=False):
         super().__init__()
@@ -76,46 +112,69 @@ class Linear32(nn.Module):
 
 
 class Router(nn.Module):
-    """What most routers share: E, k, and the logits z = x W_r, (n, d) -> (n, E)."""
+    """What routers share: E, k, and the logits z = x W_r, (N, d) -> (N, E), of those that have any.
 
-    def __init__(self, config, d):
+    config: an FFNConfig; vocab_size and layer are for routers that go by the token's id.
+    """
+    traits: Traits
+
+    def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__()
-        self.config, self.n_expert, self.k = config, config.experts, config.active
-        self.score = Linear32(d, self.n_expert)
+        self.config, self.n_expert, self.k = config, config.experts, visited(config)
+        if self.traits.logits:
+            self.score = Linear32(d, self.n_expert)
+
+    @staticmethod
+    def refusals(config):
+        """[(is wrong, setting, why)] of a Config, beside what the traits say."""
+        return []
+
+    def draws_noise(self):
+        """Whether it does with its present settings."""
+        return self.traits.noise
+
+    def set_token_counts(self, counts):
+        """Told before training: how often each token id occurs in the corpus, (V,)."""
 
 
 def limit_groups(scores, n_groups, topk_groups, best):
-    """scores (n, E) with -inf outside the topk_groups groups whose `best` highest scores sum highest.
-
-    -inf, not 0: a zero can still win against negative scores. (DeepSeek-V2 2405.04434, best = 1; V3, best =
-    2.)
-    """
+    """scores (N, E) with -inf outside the topk_groups groups whose `best` highest scores sum highest.
+    (DeepSeek-V2 2405.04434 sec. 2.2.2, best = 1; V3, best = 2.)"""
     if topk_groups == n_groups:
         return scores
-    n, E = scores.shape
-    grouped = scores.view(n, n_groups, E // n_groups)
-    rank = grouped.topk(min(best, E // n_groups), -1).values.sum(-1)              # (n, groups)
-    allowed = torch.zeros_like(rank, dtype=torch.bool).scatter(1, rank.topk(topk_groups, -1).indices, True)
-    return grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).view(n, E)
+    N, E = scores.shape
+    grouped = scores.view(N, n_groups, E // n_groups)
+    rank = grouped.topk(min(best, E // n_groups), -1).values.sum(-1)              # (N, groups)
+    chosen = rank.topk(topk_groups, -1).indices
+    allowed = torch.zeros_like(rank, dtype=torch.bool).scatter(1, chosen, True)
+    # -inf, not 0: a zero can still win against negative scores
+    return grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).view(N, E)
 
 
 class TopK(Router):
     """Softmax top-k. Mixtral 2401.04088 sec. 2.1: softmax over the k chosen logits. Switch, DeepSeekMoE
     2401.06066 eq. 4-5 and Qwen2: softmax over all E, then the k largest, as they are or renormalised. With
-    n_groups > 1 only the experts of the token's topk_groups best groups can be chosen (DeepSeek-V2 2405.04434
-    sec. 2.2.2).
+    n_groups > 1 only the experts of the token's topk_groups best groups can be chosen (DeepSeek-V2)."""
+    traits = Traits("softmax top-k", "Mixtral 2401.04088, DeepSeekMoE 2401.06066, Qwen2 2407.10671; groups: "
+                    "DeepSeek-V2 2405.04434", "softmax, after or before the selection", groups=True)
 
-    gate: after (topk_then_softmax) or before (softmax_then_topk) the selection. causal: yes. neighbours:
-    none.
-    """
+    @staticmethod
+    def refusals(config):
+        f = config.ffn
+        return [(visited(f) == 1 and f.gate_order != "softmax_then_topk", "ffn.gate_order", "makes the only "
+                 "gate of a token 1, so that the router would never learn; use \"softmax_then_topk\"")]
 
     def forward(self, x, ctx):
-        c, logits = self.config, self.score(x)
+        c = self.config
+        logits = self.score(x)
         probs = logits.softmax(-1)
+        # the k best experts of each token, (N, k)
         allowed = limit_groups(probs, c.n_groups, c.topk_groups, best=1)
         indices = allowed.topk(self.k, -1).indices
+        # Mixtral: softmax over the chosen logits
         if c.gate_order == "topk_then_softmax":
             weights = logits.gather(1, indices).softmax(-1)
+        # DeepSeekMoE eq. 4-5: what softmax over all E gave them, here and there divided by its sum
         else:
             weights = probs.gather(1, indices)
             if c.gate_order == "softmax_then_topk_renorm":
@@ -124,54 +183,61 @@ class TopK(Router):
 
 
 class NoisyTopK(Router):
-    """Shazeer et al. 2017 (1701.06538) eq. 3-5 and appendix A: H = x W_g + N(0,1) softplus(x W_n), softmax
-    over the k largest. Both matrices start at zero, so that all experts begin equal and the noise breaks the
-    ties.
+    """Noisy top-k (Shazeer et al. 1701.06538 eq. 3-5 and appendix A). The smooth load is the chance that
+    expert i stays among the top k if only its own noise is drawn again (eq. 8-10). No noise in evaluation."""
+    traits = Traits("noisy top-k", "Shazeer 1701.06538", "softmax, after the selection",
+                    balance="importance_load", noise=True)
 
-    The smooth load is the chance that expert i stays among the top k if only its own noise is drawn again
-    (eq. 8-10).
-    gate: after the selection. causal: yes. neighbours: none. Draws noise in training, none in evaluation.
-    """
-
-    def __init__(self, config, d):
+    def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__(config, d)
         self.noise = Linear32(d, self.n_expert)
+        # both at zero: all experts begin equal, and the noise breaks the ties
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.noise.weight)
 
+    @staticmethod
+    def refusals(config):
+        return [(visited(config.ffn) == 1, "ffn.top_k", "of 1 makes the gate of noisy_topk constant; use 2 "
+                 "or more")]
+
     def forward(self, x, ctx):
-        clean, smooth = self.score(x), None
-        noisy = clean
+        # eq. 4: H(x) = x W_g + N(0,1) softplus(x W_n)
+        clean = self.score(x)
+        noisy, smooth = clean, None
         if self.training:
             std = F.softplus(self.noise(x))
             noisy = clean + torch.randn_like(clean) * std
-        top, indices = noisy.topk(min(self.k + 1, self.n_expert), -1)                       # (n, k+1)
+        top, indices = noisy.topk(min(self.k + 1, self.n_expert), -1)                   # (N, k+1)
+        # eq. 9: the bar for expert i is the k-th largest H of the others, which is the (k+1)-th of all if i
+        # itself is chosen; eq. 8: P(x, i) = Phi((x W_g - bar) / std); eq. 10: the load is its sum
         if self.training and self.k < self.n_expert:
-            # The bar for expert i is the k-th largest of the others: the (k+1)-th of all if i itself is
-            # chosen.
             bar = torch.where(noisy > top[:, self.k:], top[:, self.k:], top[:, self.k - 1:self.k])
-            smooth = torch.special.ndtr((clean - bar) / std).sum(0)
+            smooth = torch.special.ndtr((clean - bar) / std).sum(0)                     # (E,)
+        # eq. 3 and 5: softmax over the k largest
         weights = top[:, :self.k].softmax(-1)
         return pairs(indices[:, :self.k], weights, logits=noisy, probs=noisy.softmax(-1), smooth_load=smooth)
 
 
 class Switch(Router):
     """Switch Transformer (2101.03961) eq. 1-2: one expert per token, y = p_i E_i(x) with p the softmax over
-    all E. The gate is kept, never renormalised: a constant 1 would leave the router without a gradient. In
-    training the router's input is multiplied by U(1-j, 1+j) (jitter). W_r starts with variance 0.1 / d, a
-    tenth of the usual one (sec. 2.4; there all weights do, here the router's).
+    all E. The gate is kept, never renormalised: a constant 1 would leave the router without a gradient."""
+    traits = Traits("top-1, its input jittered", "Switch 2101.03961", "softmax, before the selection", k=1,
+                    noise=True)
 
-    gate: before the selection. causal: yes. neighbours: none. Draws noise in training unless jitter = 0.
-    """
-
-    def __init__(self, config, d):
+    def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__(config, d)
+        # sec. 2.4: a tenth of the usual variance 1 / d (there all weights have it, here the router's)
         nn.init.normal_(self.score.weight, std=(0.1 / d) ** 0.5)
 
+    def draws_noise(self):
+        return self.config.jitter > 0
+
     def forward(self, x, ctx):
+        # sec. 2.4: in training the router's input is multiplied by U(1 - j, 1 + j)
         x, j = x.float(), self.config.jitter
         if self.training and j > 0:
             x = x * torch.empty_like(x).uniform_(1 - j, 1 + j)
+        # eq. 1: p = softmax(x W_r); the best expert with its own p for a gate
         logits = self.score(x)
         probs = logits.softmax(-1)
         weights, indices = probs.max(-1, keepdim=True)
@@ -179,43 +245,44 @@ class Switch(Router):
 
 
 class GShard(Router):
-    """GShard (2006.16668) algorithm 1: the two best experts with gates renormalised to sum 1; in training the
-    second is visited only with probability min(1, 2 g_2), in evaluation always.
-
-    gate: softmax over all, renormalised over the two. causal: yes. neighbours: none. Draws noise in training.
-    """
+    """GShard (2006.16668) algorithm 1: the two best experts; in training the second is visited only with
+    probability min(1, 2 g_2), in evaluation always."""
+    traits = Traits("top-2, the second by chance", "GShard 2006.16668", "softmax, renormalised over the two",
+                    k=2, balance="gshard", noise=True)
 
     def forward(self, x, ctx):
         logits = self.score(x)
         probs = logits.softmax(-1)
-        top, indices = probs.topk(2, -1)
+        # gates of the two best, renormalised to sum 1
+        top, indices = probs.topk(2, -1)                                                # (N, 2)
         weights = top / top.sum(-1, keepdim=True)
+        # the second travels by a coin that falls for it with probability 2 g_2
         keep = None
         if self.training:
             second = torch.rand_like(weights[:, 1]) < 2 * weights[:, 1]
-            keep = torch.stack([torch.ones_like(second), second], -1).flatten()
+            keep = torch.stack([torch.ones_like(second), second], -1).flatten()         # (P,)
         return pairs(indices, weights, logits=logits, probs=probs, keep=keep)
 
 
 class Sigmoid(Router):
-    """DeepSeek-V3 (2412.19437) eq. 13-16 with loss-free balancing (2408.15664): s = sigmoid(z), the k largest
-    s + b are chosen, gates are s / (sum of the chosen s) without b, times route_scale. Groups are ranked by
-    the sum of their two best biased scores. b is a buffer, moved by `balance.update_bias` after each
-    optimizer step.
+    """DeepSeek-V3 (2412.19437) eq. 13-16 with loss-free balancing (2408.15664). The bias b is a buffer that
+    MoE.after_step moves after each optimizer step: it comes from finished batches only."""
+    traits = Traits("sigmoid scores, for loss-free balancing", "DeepSeek-V3 2412.19437, 2408.15664",
+                    "sigmoid, renormalised after the selection", balance="loss_free", groups=True)
 
-    gate: renormalised after the selection (as they are when k = 1: s / s would be a constant).
-    causal: yes (b comes from finished batches only). neighbours: none.
-    """
-
-    def __init__(self, config, d):
+    def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__(config, d)
         self.register_buffer("bias", torch.zeros(self.n_expert))
 
     def forward(self, x, ctx):
-        c, logits = self.config, self.score(x)
+        c = self.config
+        # eq. 15: s = sigmoid(x W_r)
+        logits = self.score(x)
         s = logits.sigmoid()
+        # eq. 16: the k largest s + b, within the groups whose two best sum highest
         choice = limit_groups(s.detach() + self.bias, c.n_groups, c.topk_groups, best=2)
-        indices = choice.topk(self.k, -1).indices
+        indices = choice.topk(self.k, -1).indices                                       # (N, k)
+        # eq. 13: gates are s without b, divided by their sum; s as it is when k = 1: s / s is a constant
         weights = s.gather(1, indices)
         if self.k > 1:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -223,16 +290,14 @@ class Sigmoid(Router):
 
 
 class Sinkhorn(Router):
-    """S-BASE (Clark et al. 2202.01169 sec. 3.1): one expert per token, the largest entry of a transport plan
-    K = exp(z / tau) whose rows are scaled to sum 1 and columns to n/E, a fixed number of times and without
-    gradient.
-
-    gate: sigmoid of the chosen raw logit. Training looks across the whole batch, later positions included;
-    evaluation takes the argmax of the logits. causal: in evaluation. neighbours: none in evaluation.
-    """
+    """S-BASE (Clark et al. 2202.01169 sec. 3.1): one expert per token, in training the largest entry of a
+    balanced transport plan, in evaluation the largest logit."""
+    traits = Traits("S-BASE, a balanced transport plan", "Clark 2202.01169", "sigmoid", k=1, balance="none",
+                    ahead="in training", across="in training")
 
     def plan(self, logits):
-        """Log of the plan, (n, E) -> (n, E)."""
+        """Log of the plan exp(z / tau) whose rows sum to 1 and columns to N / E, (N, E), by a fixed number
+        of scalings and without gradient."""
         plan = logits.detach() / self.config.sinkhorn_tau
         columns = math.log(plan.shape[0] / plan.shape[1])
         for _ in range(self.config.sinkhorn_iters):
@@ -243,50 +308,20 @@ class Sinkhorn(Router):
     def forward(self, x, ctx):
         logits = self.score(x)
         indices = (self.plan(logits) if self.training else logits).argmax(-1, keepdim=True)
+        # the gate is the sigmoid of the chosen raw logit
         return pairs(indices, logits.gather(1, indices).sigmoid(), logits=logits, probs=logits.softmax(-1))
 
 
-def balanced_assignment(scores, epsilon=None):
-    """Expert of each token, (n, E) -> (n,), with at most ceil(n/E) tokens each and the sum of scores within n
-    epsilon of the largest possible: an auction (Bertsekas). Tokens without an expert bid on the one that
-    offers most at its present price, by as much as it is better than the second; a full expert keeps its
-    highest bidders.
-
-    The number of rounds depends on the data, hence no torch.compile.
-    """
-    n, E = scores.shape
-    slots = -(-n // E)
-    scores = scores.float().nan_to_num()        # a NaN would be bid on for ever; the loss will tell of it
-    epsilon = epsilon or 1e-3 * float(scores.max() - scores.min()) + 1e-6
-    price, bid = scores.new_zeros(E), scores.new_zeros(n)
-    owner = torch.full((n,), -1, device=scores.device)
-    while E > 1 and (free := (owner < 0).nonzero().squeeze(1)).numel():
-        value, expert = (scores[free] - price).topk(2, -1)                          # (free, 2)
-        owner[free] = expert[:, 0]
-        bid[free] = price[expert[:, 0]] + value[:, 0] - value[:, 1] + epsilon
-        order = bid.argsort(descending=True, stable=True)
-        order = order[owner[order].argsort(stable=True)]                        # by expert, highest bid first
-        held = owner[order]
-        start = torch.searchsorted(held, torch.arange(E, device=held.device))
-        rank = torch.arange(n, device=held.device) - start[held.clamp_min(0)]
-        last = held.ge(0) & (rank == slots - 1)                              # a full expert's lowest kept bid
-        price[held[last]] = bid[order[last]]
-        owner[order[held.ge(0) & (rank >= slots)]] = -1
-    return owner.clamp_min(0)
-
-
 class Base(Router):
-    """BASE layers (Lewis et al. 2103.16716): in training tokens are assigned so that each expert gets n/E of
+    """BASE layers (Lewis et al. 2103.16716): in training tokens are assigned so that each expert gets N/E of
     them and the summed affinity is largest; in evaluation each takes its best. With the block's residual
-    connection the paper's alpha f(x) + (1 - alpha) x is x + alpha E(x), alpha the sigmoid of the affinity.
-    Centroids start orthogonal.
+    connection the paper's alpha f(x) + (1 - alpha) x is x + alpha E(x), alpha the sigmoid of the affinity."""
+    traits = Traits("balanced assignment", "BASE 2103.16716", "sigmoid", k=1, balance="none",
+                    ahead="in training", across="in training", compiles=False)
 
-    gate: sigmoid, no normalisation. Training looks across the whole batch, later positions included.
-    causal: in evaluation. neighbours: none in evaluation.
-    """
-
-    def __init__(self, config, d):
+    def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__(config, d)
+        from kernels.assignment import balanced_assignment
         nn.init.orthogonal_(self.score.weight, gain=0.1)
         self.assign = torch.compiler.disable(balanced_assignment)       # not at import: it takes 2 seconds
 
@@ -298,9 +333,8 @@ class Base(Router):
 
 
 def hash_table(vocab_size, n_expert, counts=None, seed=0):
-    """Expert of each token id, (vocab_size,): an even random deal, or with `counts` (how often each id
-    occurs) ids in falling order of count, each to the expert with the least so far (Roller et al. 2106.04426
-    sec. 3.1, "balanced")."""
+    """Expert of each token id, (V,): an even random deal, or with `counts` (how often each id occurs) ids in
+    falling order of count, each to the expert with the least so far (Roller 2106.04426 sec. 3.1)."""
     table = torch.arange(vocab_size) % n_expert
     if counts is None:
         return table[torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))]
@@ -312,24 +346,23 @@ def hash_table(vocab_size, n_expert, counts=None, seed=0):
     return table
 
 
-class Hash(nn.Module):
-    """Hash layers (Roller et al. 2106.04426): the expert is a fixed table of the token's id. Nothing is
-    learned.
+class Hash(Router):
+    """Hash layers (Roller et al. 2106.04426): the expert is a fixed table of the token's id."""
+    traits = Traits("a fixed table of token ids", "Roller 2106.04426", "1", k=1, balance="none",
+                    steerable=False, logits=False, not_grown="its table sends no token id to a new expert, "
+                    "and another table would send old ids elsewhere",
+                    remedy="ffn.hash_table = \"balanced\" counts how often a token occurs")
 
-    gate: constant 1. causal: yes. neighbours: none.
-    """
-
-    def __init__(self, config, d, vocab_size, layer):
-        super().__init__()
-        self.n_expert = config.experts
+    def __init__(self, config, d, vocab_size=0, layer=0):
+        super().__init__(config, d)
         table = hash_table(vocab_size, config.experts, seed=layer)
-        # A balanced table needs the corpus (GPT.set_token_counts): expert -1 fails at once where that is
-        # forgotten
+        # a balanced table needs the corpus: expert -1 fails at once where set_token_counts was forgotten
         self.register_buffer("table", table if config.hash_table == "random" else torch.full_like(table, -1))
 
-    def balance(self, counts):
-        """Deals the ids anew by how often each occurs in the training corpus, counts (vocab_size,)."""
-        self.table.copy_(hash_table(len(self.table), self.n_expert, counts))
+    def set_token_counts(self, counts):
+        """Deals the ids of a balanced table anew."""
+        if self.config.hash_table == "balanced":
+            self.table.copy_(hash_table(len(self.table), self.n_expert, counts))
 
     def forward(self, x, ctx):
         indices = self.table[ctx.token_ids.flatten()].unsqueeze(-1)
@@ -342,25 +375,23 @@ def gumbel_like(logits):
 
 
 class RL(Router):
-    """RL-R (Clark et al. 2202.01169 sec. 3.3): the router is a policy pi = softmax(x W_r). Training samples
-    one expert, the reward is the log-likelihood of the token's own target, and the model adds the REINFORCE
-    objective with the learned baseline b(x) to its loss (GPT.forward). Coefficients, gate and loss of the
-    baseline were not checked against the paper; here the gate is constant, so that the reward alone teaches
-    the router.
+    """RL-R (Clark et al. 2202.01169 sec. 3.3): the router is a policy pi = softmax(x W_r), its reward the
+    log-likelihood of the token's own target; balance.policy_loss is its objective. Coefficients, gate and
+    the baseline's loss were not checked against the paper; here the gate is constant, so that the reward
+    alone teaches the router."""
+    traits = Traits("REINFORCE on the token's own loss", "RL-R, Clark 2202.01169", "1", k=1, noise=True)
 
-    gate: constant 1. causal: yes. neighbours: none. Draws noise in training; evaluation takes the likeliest
-    expert.
-    """
-
-    def __init__(self, config, d):
+    def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__(config, d)
         self.value = Linear32(d, 1, bias=True)
 
     def forward(self, x, ctx):
         logits = self.score(x)
         log_pi = logits.log_softmax(-1)
+        # training samples from pi by the Gumbel-max trick, evaluation takes the likeliest expert
         noise = gumbel_like(logits) if self.training else 0.0
-        indices = (log_pi + noise).argmax(-1, keepdim=True)             # the Gumbel-max trick samples from pi
+        indices = (log_pi + noise).argmax(-1, keepdim=True)
+        # b(x), the reward expected, learns from the reward but not through the layers below
         baseline = self.value(x.detach()).squeeze(-1)
         return pairs(indices, torch.ones_like(log_pi[:, :1]), logits=logits, probs=log_pi.exp(),
                      log_prob=log_pi.gather(1, indices).squeeze(-1), baseline=baseline)
@@ -368,36 +399,35 @@ class RL(Router):
 
 class ExpertChoice(Router):
     """Expert choice (Zhou et al. 2202.09368), grouped as in Krajewski et al. 2402.07871: at every position t
-    each expert takes the C = B k / E sequences that score highest for it, s = softmax over experts. Load is
-    even by construction; a token may get no expert or several. C is rounded and at least 1: with B a multiple
-    of E / k a token visits k experts on average, as flops_per_token counts.
-
-    gate: before the selection. causal: yes, for choosing among sequences at one position cannot see later
-    ones.
-    neighbours: YES, in training and evaluation alike: the other sequences compete for the slots. Generation
-    has no group to choose from, so there each token takes its own k best scores; the loss this costs is to be
-    measured.
-    """
+    each expert takes the C = B k / E sequences that score highest for it. Load is even by construction; a
+    token may get no expert or several. With B a multiple of E / k a token visits k experts on average, as
+    flops_per_token counts. It is causal: choosing among sequences at one position sees no later one."""
+    traits = Traits("experts choose among the sequences at one position", "Zhou 2202.09368, by position as in "
+                    "Krajewski 2402.07871", "softmax, before the selection", balance="none", steerable=False,
+                    across="always", capacity=False, not_grown="an expert takes its share of the tokens; "
+                    "among more experts the old ones, frozen or not, would take fewer",
+                    sampling="sampling takes each token's own best scores instead")
 
     def forward(self, x, ctx):
         (B, T), E = ctx.token_ids.shape, self.n_expert
         logits = self.score(x)
         probs = logits.softmax(-1)
+        # generation has no group to choose from: each token takes its own k best scores
         if ctx.generating:
             weights, indices = probs.topk(self.k, -1)
             return pairs(indices, weights, logits=logits, probs=probs)
+        # each expert's C best sequences at each position, C rounded and at least 1
         C = min(B, max(1, round(B * self.k / E)))
-        weights, sequence = probs.view(B, T, E).topk(C, dim=0)                                  # (C, T, E)
+        weights, sequence = probs.view(B, T, E).topk(C, dim=0)                          # (C, T, E)
         token = sequence * T + torch.arange(T, device=x.device).view(1, T, 1)
         expert = torch.arange(E, device=x.device).expand_as(token)
         return Routing(expert.reshape(-1), weights.reshape(-1), token.reshape(-1), 0, logits, probs)
 
 
 class Soft(Router):
-    """All experts, weighed by a softmax: the costly upper baseline of BTX (2403.07816 sec. 3.3).
-
-    gate: softmax over all. causal: yes. neighbours: none.
-    """
+    """All experts, weighed by a softmax: the costly upper baseline of BTX (2403.07816 sec. 3.3)."""
+    traits = Traits("all experts, weighted", "BTX 2403.07816", "softmax over all", k=ALL, balance="none",
+                    capacity=False)
 
     def forward(self, x, ctx):
         logits = self.score(x)
@@ -407,11 +437,10 @@ class Soft(Router):
 
 
 class SampleTop1(Router):
-    """Sample Top-1 of BTX (2403.07816 sec. 3.3): Gumbel-softmax at temperature tau = max(0.5, exp(-r step)),
-    of which only the largest component is kept; in evaluation the likeliest expert with gate 1.
-
-    gate: before the selection. causal: yes. neighbours: none. Draws noise in training.
-    """
+    """Sample Top-1 of BTX (2403.07816 sec. 3.3): Gumbel-softmax, of which only the largest component is kept;
+    in evaluation the likeliest expert with gate 1."""
+    traits = Traits("a sampled top-1", "BTX 2403.07816", "Gumbel-softmax, before the selection", k=1,
+                    noise=True)
 
     def forward(self, x, ctx):
         logits = self.score(x)
@@ -419,23 +448,27 @@ class SampleTop1(Router):
         if not self.training:
             indices = logits.argmax(-1, keepdim=True)
             return pairs(indices, torch.ones_like(probs[:, :1]), logits=logits, probs=probs)
+        # the temperature falls from 1 to 0.5: tau = max(0.5, exp(-r step))
         step = torch.as_tensor(ctx.step, dtype=torch.float32, device=x.device)
         tau = torch.exp(-self.config.gumbel_rate * step).clamp_min(0.5)
         weights, indices = ((logits + gumbel_like(logits)) / tau).softmax(-1).max(-1, keepdim=True)
         return pairs(indices, weights, logits=logits, probs=probs)
 
 
-class Domain(nn.Module):
+class Domain(Router):
     """DEMix (Gururangan et al. 2108.05036): the expert of the sequence's known domain; nothing is learned.
     Without a label (sampling) every layer averages its experts' outputs, a stand-in: the paper mixes the
-    predictions of whole models by the posterior of the domain, as grow.ensemble does.
+    predictions of whole models by the posterior of the domain, as grow.ensemble does."""
+    traits = Traits("the expert of the corpus", "DEMix 2108.05036", "1", k=1, balance="none", steerable=False,
+                    logits=False, not_grown="expert i belongs to corpus i; a new expert needs a new corpus, "
+                    "not an expansion", remedy="Their corpora give no text: see data.weights",
+                    sampling="a sampled text has no label, all experts are mixed with equal weight")
 
-    gate: constant. causal: yes. neighbours: none.
-    """
-
-    def __init__(self, config, d):
-        super().__init__()
-        self.n_expert = config.experts
+    @staticmethod
+    def refusals(config):
+        E, names = config.ffn.experts, config.data.name
+        return [(not isinstance(names, list) or len(names) != E, "data.name", f"must list {E} corpora, one "
+                 "for each expert of ffn.router = \"domain\"")]
 
     def forward(self, x, ctx):
         B, T = ctx.token_ids.shape
@@ -451,8 +484,17 @@ ROUTERS = dict(topk=TopK, noisy_topk=NoisyTopK, switch=Switch, gshard=GShard, si
                sample_top1=SampleTop1, domain=Domain)
 
 
-def build_router(config, d, vocab_size, layer):
-    """The router that an FFNConfig names, for width d; vocab_size and layer serve the hash tables only."""
-    if config.router == "hash":
-        return Hash(config, d, vocab_size, layer)
-    return ROUTERS[config.router](config, d)
+def traits_of(config):
+    """The Traits of the router that an FFNConfig names."""
+    return ROUTERS[config.router].traits
+
+
+def visited(config):
+    """Routed experts that a token visits, of an FFNConfig: G * top_k, or all of them."""
+    return config.experts if traits_of(config).k == ALL else config.top_k * config.granularity
+
+
+def help_text():
+    """What each router does and looks at, for --help."""
+    return "; ".join(f"{name}: {router.traits.says}" + (f" [{router.traits.looks()}]" if
+                     router.traits.looks() else "") for name, router in ROUTERS.items())

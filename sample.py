@@ -1,7 +1,7 @@
 """Text from a trained model, token by token: python sample.py RUN_DIR.
 
 Before the text it says (on stderr) which models this one was made from, if any, and what its router looks at
-beside a token's own past. --show-experts marks every token with the expert that one layer sent it to.
+beside a token's own past. --show_experts marks every token with the expert that one layer sent it to.
 
 Decisions:
 - The window is what the model reads to draw the next token, at first the prompt. When it is longer than
@@ -13,33 +13,25 @@ Decisions:
 - Tokens are drawn on the CPU in float64, each sequence from a generator seeded with seed + index: a text
   depends neither on the device nor on --num, except where logits that differ in their last bits tip a draw.
 """
-import codecs
 import math
 import os
-import re
 import sys
 import time
-from collections import Counter
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.checkpoint import CheckpointError, load_model
-from runtime.config import ConfigError, Parser, fail, parse, sparse_layers
 from data.binfile import DataError
-from routers import Stats
-from settings import ROUTERS
-
-# What a terminal would obey, as visible signs: an untrained byte model writes escape codes too.
-CONTROLS = {i: 0x2400 + i for i in range(32)} | {127: 0x2421} | {i: 0xFFFD for i in range(128, 160)}
-PLAIN = {i: sign for i, sign in CONTROLS.items() if chr(i) not in "\t\n"}
-MARKED = CONTROLS | {ord("\t"): "⇥", ord("\n"): "↵\n"}              # a sign to colour, then the line's end
-# Okabe and Ito's eight colours, the nearest of xterm's 256, as backgrounds under black or white text: legible
-# on dark and light terminals, and as many as a colour-blind reader can tell apart. The next 8 are underlined.
-COLOURS, WHITE_TEXT = (214, 74, 36, 227, 25, 166, 175, 240), (25, 240)
-MARKS = 2 * len(COLOURS)
+from ffn import Stats
+from model import load_model, sparse_layers
+from routers import traits_of
+from runtime.checkpoint import CheckpointError
+from runtime.config import Ending, Parser, parse
+from runtime.device import pick_device
+from runtime.terminal import PLAIN, Marker, lineage, plain_pieces
+from settings import ConfigError
 
 
 class Step(NamedTuple):
@@ -133,62 +125,6 @@ def sample_text(model, tokenizer, prompt="", tokens=200, temperature=0.8, seed=0
         model.train(training)
 
 
-def plain_pieces(steps, tokenizer, prompt, num, table):
-    """Yields lists of `num` texts, the prompt and then what each step adds. Bytes that are not yet a whole
-    character wait for the rest of it; what never becomes one is U+FFFD. table: for str.translate."""
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num)]
-    yield [prompt.translate(table)] * num
-    for step in steps:
-        new = [d.decode(tokenizer.decode_bytes([i])) for d, i in zip(decoders, step.ids.tolist())]
-        yield [text.translate(table) for text in new]
-    yield [d.decode(b"", final=True) for d in decoders]
-
-
-class Marker:
-    """Marks tokens with the experts that `layer` sent them to, in colour or as [3]token; counts them."""
-
-    def __init__(self, layer, colour):
-        self.layer, self.colour, self.counts, self.n_expert = layer, colour, Counter(), 0
-
-    def pieces(self, steps, tokenizer, prompt_ids):
-        """Like plain_pieces. The prompt's tokens are marked too: they are routed like all others, and there
-        one knows what to expect. A token's expert is known once it is read, so the last Step shows none."""
-        ids = prompt_ids                                                # (B, T) tokens that a step reads
-        for step in steps:
-            stats = step.stats[self.layer]
-            self.n_expert = stats.load.numel()
-            read = min(ids.shape[1], stats.top_expert.shape[1])         # below T: a prompt beyond the block
-            rows = list(zip(ids.tolist(), stats.top_expert[:, -read:].tolist()))
-            yield [tokenizer.decode(row[:-read])
-                   + "".join(self.mark(tokenizer.decode_bytes([i]), e) for i, e in zip(row[-read:], experts))
-                   for row, experts in rows]
-            self.counts.update(e for _, experts in rows for e in experts)
-            ids = step.ids.unsqueeze(1)
-
-    def mark(self, token, expert):
-        """A token's bytes, marked. White space is made visible; bytes that are no character are \\xNN."""
-        text = token.decode("utf-8", "backslashreplace").translate(MARKED)
-        if not self.colour:
-            return f"[{expert}]{text.replace(' ', '␣')}"
-        return "\n".join(line and self.paint(line, expert) for line in text.split("\n"))
-
-    def paint(self, text, expert):
-        """Text on its expert's colour. Where experts outnumber the marks, neighbours share one: in PEER those
-        of near first sub-keys, in a fine-grained layer the slices of one expert."""
-        mark = expert if self.n_expert <= MARKS else expert * MARKS // self.n_expert
-        underline, colour = "4;" if mark >= len(COLOURS) else "", COLOURS[mark % len(COLOURS)]
-        return f"\x1b[{underline}38;5;{231 if colour in WHITE_TEXT else 16};48;5;{colour}m{text}\x1b[0m"
-
-    def legend(self):
-        """Which mark is which expert, and its share of the tokens; of many experts the most frequent ones."""
-        total, E, many = self.counts.total(), self.n_expert, self.n_expert > MARKS
-        shown = self.counts.most_common(MARKS) if many else [(e, self.counts[e]) for e in range(E)]
-        items = [f"{self.paint(f' {e} ', e) if self.colour else f'[{e}]'} {n / total:.0%}" for e, n in shown]
-        head = (f"layer {self.layer}, the expert of largest weight: {len(self.counts)} of {E} experts for "
-                f"{total} tokens" + (f"; the {len(items)} most frequent" if many else ""))
-        return "\n".join([head, *("  ".join(items[i:i + 8]) for i in range(0, len(items), 8))])
-
-
 def remarks(config, header):
     """Lines about the model that a reader of its text should know."""
     f, ancestry, found = config.ffn, header.get("ancestry"), []
@@ -196,26 +132,13 @@ def remarks(config, header):
         found.append(f"made by: {lineage(ancestry)}")
     if f.kind != "moe":
         return found
-    if label := re.search(r"\[(.*)\]", ROUTERS[f.router]):
-        own = "; sampling takes each token's own best scores instead" if f.router == "expert_choice" else ""
-        found.append(f"router {f.router}: {label[1]}{own}")
-    if f.router == "domain":
-        found.append("router domain: a sampled text has no label, all experts are mixed with equal weight")
+    label = "; ".join(filter(None, [traits_of(f).looks(), traits_of(f).sampling]))
+    if label:
+        found.append(f"router {f.router}: {label}")
     if f.eval_capacity_factor:
         found.append(f"ffn.eval_capacity_factor = {f.eval_capacity_factor}: in evaluation the sequences of a "
                      "batch compete for slots; sampling has no limit and drops nothing")
     return found
-
-
-def lineage(value):
-    """An ancestry as one line: what was done, with what settings, and in brackets to what."""
-    if isinstance(value, list):
-        return ", ".join(map(lineage, value))
-    if not isinstance(value, dict):
-        return " ".join(str(value).split())
-    own = [f"{k}={lineage(v)}" for k, v in value.items() if k not in ("kind", "parents")]
-    parents = [f"[{lineage(value['parents'])}]"] if value.get("parents") else []
-    return " ".join([str(value.get("kind", "model")), *own, *parents])
 
 
 def build_parser():
@@ -231,11 +154,11 @@ def build_parser():
             ("num", 1, "N", "texts to generate, as one batch")]:
         parser.add_argument(f"--{name}", metavar=meta, type=type(default), default=default,
                             help=f"{meaning} (default: {default if default != '' else 'empty'})")
-    parser.add_argument("--show-experts", metavar="LAYER", nargs="?", const="last",
+    parser.add_argument("--show_experts", metavar="LAYER", nargs="?", const="last",
                         help="mark every token with the expert that this layer, counted from 0, sent it to: "
                              "colours on a terminal, [3]token elsewhere or with NO_COLOR set (default: off; "
                              "without LAYER the last sparse layer)")
-    parser.add_argument("--no-cache", action="store_true",
+    parser.add_argument("--no_cache", action="store_true",
                         help="read the whole window for every token: slow, the same text (default: off)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
                         help="auto takes cuda, then mps, then cpu (default: auto)")
@@ -253,22 +176,13 @@ def check(o):
             raise ConfigError(f"--{name} {getattr(o, name)} must be {rule}")
 
 
-def pick_device(name, option="--device"):
-    """A device that is there; auto takes the fastest. Raises ConfigError."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = next(d for d, ok in there.items() if ok) if name == "auto" else name
-    if not there[name]:
-        raise ConfigError(f"{option} {name} is not available here; use auto or cpu")
-    return name
-
-
 def pick_layer(text, config):
-    """The sparse layer that --show-experts names. Raises ConfigError."""
+    """The sparse layer that --show_experts names. Raises ConfigError."""
     sparse = sparse_layers(config)
     if not sparse:
-        raise ConfigError("--show-experts: every layer of this model is dense, it has no experts to show")
+        raise ConfigError("--show_experts: every layer of this model is dense, it has no experts to show")
     if text != "last" and not (text.isdecimal() and int(text) in sparse):
-        raise ConfigError(f"--show-experts {text}: the sparse layers are {', '.join(map(str, sparse))}")
+        raise ConfigError(f"--show_experts {text}: the sparse layers are {', '.join(map(str, sparse))}")
     return sparse[-1] if text == "last" else int(text)
 
 
@@ -309,17 +223,9 @@ def main(argv=None):
     """The program; returns its exit status."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal that is not UTF-8 gets question marks
-    try:
+    with Ending() as end:
         run(parse(build_parser(), argv)[0])
-    except (ConfigError, CheckpointError, DataError) as e:
-        return fail(e)
-    except KeyboardInterrupt:
-        print()
-        return 130                                      # as shells report a process that SIGINT ended
-    except BrokenPipeError:                             # the reader, such as `head`, has what it wants
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return 0
+    return end.status
 
 
 if __name__ == "__main__":

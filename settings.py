@@ -1,37 +1,24 @@
 """Every setting of a run, one dataclass for each section of a config file: the only place where a default,
-its meaning and its allowed range are written. The parser, the help and the checks of config.py are generated
-from it.
+its meaning and its allowed range are written. The parser, the help and the checks are generated from it.
+
+A Config can be made in Python as well, `Config(ffn=FFNConfig(router="switch", top_k=1))`; a 0 that means
+"follows from others" is filled in by whoever uses it (model.resolve). What fits together is known to the
+layers themselves: model.check asks them.
 """
+import dataclasses
+import json
 from dataclasses import dataclass, field
 
-# What each router does, and what it looks at: shown wherever a router can be chosen. A router with a word in
-# brackets is not an independent, causal function of the token's own past in training, in evaluation, or in
-# both. DIFFERS: torchrun with several processes does not train the model that one process would.
-DIFFERS = "differs under several processes"
-ROUTERS = {
-    "topk": "softmax top-k (Mixtral, DeepSeekMoE, Qwen2; group-limited with n_groups)",
-    "noisy_topk": f"Shazeer's noisy top-k [draws noise in training; {DIFFERS}]",
-    "switch": f"top-1 with input jitter [draws noise in training; with jitter > 0 {DIFFERS}]",
-    "gshard": f"top-2, the second by chance [draws noise in training; {DIFFERS}]",
-    "sigmoid": "DeepSeek-V3's, for loss-free balancing",
-    "sinkhorn": f"S-BASE [training looks across the batch and ahead, evaluation not; {DIFFERS}]",
-    "base": "balanced assignment [training looks across the batch and ahead, evaluation not; never compiled; "
-            f"{DIFFERS}]",
-    "hash": "a fixed table of token ids",
-    "rl": f"REINFORCE on the token's own loss [draws noise in training; {DIFFERS}]",
-    "expert_choice": "experts choose among the sequences at one position [looks across the batch, always; "
-                     f"{DIFFERS}]",
-    "soft": "all experts, weighted",
-    "sample_top1": f"BTX's Gumbel top-1 [draws noise in training; {DIFFERS}]",
-    "domain": "DEMix, the expert of the corpus",
-}
-ONE_EXPERT = ("switch", "hash", "base", "sinkhorn", "rl", "sample_top1", "domain")    # routers with k = 1
-NO_CHOICE = ("hash", "domain", "expert_choice")             # routers whose load no loss can change
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the key, the value, its source and the remedy."""
+    status = 2                          # what a program that it ends returns to the shell
 
 
-def opt(default, help, choices=None, low=None, high=None):
-    """A config field: its default, its meaning, and the values that it may take (bounds are inclusive)."""
-    meta = dict(help=help, choices=choices, low=low, high=high)
+def opt(default, help, choices=None, low=None, high=None, group=""):
+    """A setting: its default, its meaning, and the values that it may take (bounds are inclusive).
+    group: the heading in --help of this setting and those that follow it."""
+    meta = dict(help=help, choices=choices, low=low, high=high, group=group)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -40,25 +27,25 @@ def opt(default, help, choices=None, low=None, high=None):
 @dataclass
 class ModelConfig:
     n_layer: int = opt(4, "number of blocks", low=1)
-    n_head: int = opt(4, "query heads of attention", low=1)
-    n_kv_head: int = opt(0, "key/value heads, grouped-query attention (0: as many as n_head)", low=0)
     n_embd: int = opt(128, "width d of the residual stream", low=1)
     block_size: int = opt(128, "longest context T, in tokens", low=1)
     vocab_size: int = opt(0, "rows of the embedding table (0: what the corpus's tokenizer has)", low=0)
-    dropout: float = opt(0.0, "dropout on embeddings, attention and block outputs", low=0.0, high=0.9)
+    mixer: str = opt("attention", "what mixes the positions in every block, one of model.MIXERS")
+    n_head: int = opt(4, "query heads of attention", low=1)
+    n_kv_head: int = opt(0, "key/value heads, grouped-query attention (0: as many as n_head)", low=0)
     qkv_bias: bool = opt(False, "biases on the q, k and v projections (Qwen2)")
-    tie_embeddings: bool = opt(True, "the output head shares the embedding table")
     rope_base: float = opt(10000.0, "base of the rotary frequencies", low=1.0)
+    dropout: float = opt(0.0, "dropout on embeddings, attention and block outputs", low=0.0, high=0.9)
+    tie_embeddings: bool = opt(True, "the output head shares the embedding table")
     loss_chunks: int = opt(1, "compute the loss in this many slices so that the (tokens, vocabulary) logits "
                            "never exist at once; above 1 the training forward returns no logits", low=1)
 
 
 @dataclass
 class FFNConfig:
-    kind: str = opt("moe", "what stands in the feed-forward slot of the sparse layers",
-                    choices=["dense", "moe", "peer", "pkm"])
-    activation: str = opt("swiglu", "non-linearity (swiglu has a third matrix)",
-                          choices=["gelu", "relu", "relu2", "swiglu"])
+    kind: str = opt("moe", "what stands in the feed-forward slot of the sparse layers: dense, moe, peer, pkm "
+                    "(model.KINDS)", group="what stands in the slot, and where")
+    activation: str = opt("swiglu", "non-linearity, one of ffn.ACTIVATIONS or swiglu, which has a third matrix")
     d_ff: int = opt(0, "hidden width of one unsplit feed-forward layer or expert "
                        "(0: 4 n_embd, swiglu 8/3 n_embd, to a multiple of 8)", low=0)
     d_dense: int = opt(0, "hidden width of the dense layers of a model with sparse ones (0: d_ff)", low=0)
@@ -66,30 +53,40 @@ class FFNConfig:
                             "(0: every layer for moe, only the middle one for peer and pkm)", low=0)
     moe_layers: list[int] = opt([], "indices of the sparse layers, instead of moe_every")
     n_dense_first: int = opt(0, "this many first layers stay dense (DeepSeekMoE)", low=0)
-    n_expert: int = opt(8, "routed experts of a layer, before any granularity split", low=1)
+
+    n_expert: int = opt(8, "routed experts of a layer, before any granularity split", low=1, group="experts")
     top_k: int = opt(2, "experts that a token visits, before any granularity split", low=1)
     granularity: int = opt(1, "G: experts of hidden width d_ff/G, G times as many, G times as many visited",
                            low=1)
     d_expert: int = opt(0, "hidden width of one expert (0: d_ff / granularity)", low=0)
-    n_frozen: int = opt(0, "the first n_frozen experts of every sparse layer, counted after the granularity "
-                           "split, never change in training (grow.lifelong expand, grow.btx mix "
-                           "--freeze-experts)", low=0)
-    frozen_routes: bool = opt(True, "their router rows do not change either (false: the whole router learns)")
     n_shared: int = opt(0, "experts that every token visits, each as wide as a routed one", low=0)
     d_shared: int = opt(0, "hidden width of one shared expert, in place of n_shared of them (Qwen2)", low=0)
     shared_gate: bool = opt(False, "weigh the shared output by sigmoid(x w) (Qwen2)")
-    output_norm: bool = opt(False, "a norm on the layer's output (the fine-grained paper; see expert_choice)")
-    router: str = opt("topk", "how tokens choose: " + "; ".join(f"{k}: {v}" for k, v in ROUTERS.items()),
-                      choices=list(ROUTERS))
+    output_norm: bool = opt(False, "a norm on the layer's output (the fine-grained paper)")
+    n_frozen: int = opt(0, "the first n_frozen experts of every sparse layer, counted after the granularity "
+                           "split, never change in training (grow.lifelong expand, grow.btx mix "
+                           "--freeze_experts)", low=0)
+    frozen_routes: bool = opt(True, "their router rows do not change either (false: the whole router learns)")
+
+    router: str = opt("topk", "one of routers.ROUTERS", group="how tokens choose")
     gate_order: str = opt("topk_then_softmax", "gates of the topk router: softmax over the "
                           "chosen logits (Mixtral), or over all of them (Switch, DeepSeekMoE, Qwen2), "
                           "renormalised or not",
                           choices=["topk_then_softmax", "softmax_then_topk", "softmax_then_topk_renorm"])
-    balance: str = opt("auto", "what keeps the experts evenly used; auto is the router's own: loss_free "
-                       "for sigmoid, importance_load for noisy_topk, gshard, none where a loss can change "
-                       "nothing or none is needed (sinkhorn, base, soft, ...), switch for the rest",
-                       choices=["auto", "none", "switch", "gshard", "importance_load", "deepseek", "btx",
-                                "loss_free"])
+    n_groups: int = opt(1, "groups of experts for group-limited selection (DeepSeek-V2, V3)", low=1)
+    topk_groups: int = opt(0, "groups that a token may use (0: all)", low=0)
+    route_scale: float = opt(1.0, "factor on the gates of topk and sigmoid routers (DeepSeek-V3: 2.5)",
+                             low=0.0)
+    jitter: float = opt(0.01, "switch: router input times U(1-j, 1+j) in training", low=0.0, high=0.99)
+    sinkhorn_iters: int = opt(8, "sinkhorn: fixed number of row and column scalings", low=1)
+    sinkhorn_tau: float = opt(1.0, "sinkhorn: temperature of the plan", low=1e-3)
+    hash_table: str = opt("random", "hash: a random table, or one balanced by the corpus's token counts",
+                          choices=["random", "balanced"])
+    rl_loss: float = opt(0.01, "rl: coefficient of the policy and baseline losses", low=0.0)
+    gumbel_rate: float = opt(1e-4, "sample_top1: r of the temperature max(0.5, exp(-r step))", low=0.0)
+
+    balance: str = opt("auto", "one of balance.LOSSES, or none; auto is what the router's traits name",
+                       group="what keeps the experts evenly used")
     balance_loss: float = opt(0.01, "coefficient of the balance loss (w of importance_load, alpha_1 of "
                               "deepseek, the sequence loss beside loss_free, where 0.0001 is usual)", low=0.0)
     load_loss: float = opt(0.01, "coefficient of the load half of importance_load", low=0.0)
@@ -97,49 +94,35 @@ class FFNConfig:
     comm_loss: float = opt(0.0, "alpha_3 of deepseek: balance of tokens sent to each group", low=0.0)
     z_loss: float = opt(0.0, "coefficient of the router z-loss (ST-MoE: 0.001)", low=0.0)
     bias_rate: float = opt(0.001, "u of loss_free: step of the selection bias", low=0.0)
-    capacity_factor: float = opt(0.0, "slots per expert in training, times k n / E, for which the sequences "
+
+    dispatch: str = opt("auto", "how tokens travel to the experts; every choice gives the same numbers",
+                        choices=["auto", "loop", "padded", "grouped", "fused"],
+                        group="how tokens travel, and room for them")
+    capacity_factor: float = opt(0.0, "slots per expert in training, times k N / E, for which the sequences "
                                  "of a batch compete; later positions are dropped first (0: dropless)",
                                  low=0.0)
     eval_capacity_factor: float = opt(0.0, "the same in evaluation (0: dropless)", low=0.0)
-    dispatch: str = opt("auto", "how tokens travel to the experts; every choice gives the same numbers",
-                        choices=["auto", "loop", "padded", "grouped", "fused"])
-    jitter: float = opt(0.01, "switch: router input times U(1-j, 1+j) in training", low=0.0, high=0.99)
-    n_groups: int = opt(1, "groups of experts for group-limited selection (DeepSeek-V2, V3)", low=1)
-    topk_groups: int = opt(0, "groups that a token may use (0: all)", low=0)
-    route_scale: float = opt(1.0, "factor on the gates of topk and sigmoid routers (DeepSeek-V3: 2.5)",
-                             low=0.0)
-    sinkhorn_iters: int = opt(8, "sinkhorn: fixed number of row and column scalings", low=1)
-    sinkhorn_tau: float = opt(1.0, "sinkhorn: temperature of the plan", low=1e-3)
-    hash_table: str = opt("random", "hash: a random table, or one balanced by the corpus's token counts",
-                          choices=["random", "balanced"])
-    rl_loss: float = opt(0.01, "rl: coefficient of the policy and baseline losses", low=0.0)
-    gumbel_rate: float = opt(1e-4, "sample_top1: r of the temperature max(0.5, exp(-r step))", low=0.0)
-    n_keys: int = opt(64, "peer, pkm: sub-keys of each half; the layer has N = n_keys^2 experts", low=2)
-    peer_heads: int = opt(4, "peer, pkm: retrieval heads h", low=1)
-    peer_top_k: int = opt(8, "peer, pkm: experts k that each head retrieves", low=1)
-    d_key: int = opt(0, "peer, pkm: width of a query, both halves together (0: n_embd / 2)", low=0)
-    query_norm: str = opt("batchnorm", "peer, pkm: norm of the queries",
-                          choices=["batchnorm", "layernorm", "none"])
-    peer_score: str = opt("softmax", "peer, pkm: gate over the k retrieved of a head",
-                          choices=["softmax", "sigmoid"])
+
+    n_keys: int = opt(64, "sub-keys m of each half; the layer has E = m^2 experts", low=2,
+                      group="product keys: kinds peer and pkm")
+    peer_heads: int = opt(4, "retrieval heads h", low=1)
+    peer_top_k: int = opt(8, "experts k that each head retrieves", low=1)
+    d_key: int = opt(0, "width of a query, both halves together (0: n_embd / 2)", low=0)
+    query_norm: str = opt("batchnorm", "norm of the queries", choices=["batchnorm", "layernorm", "none"])
+    peer_score: str = opt("softmax", "gate over the k retrieved of a head", choices=["softmax", "sigmoid"])
     peer_activation: str = opt("gelu", "peer: non-linearity of a single-neuron expert",
                                choices=["gelu", "relu", "silu"])
-    peer_path: str = opt("auto", "peer, pkm: how rows are gathered; every choice gives the same numbers",
+    peer_path: str = opt("auto", "how rows are gathered; every choice gives the same numbers",
                          choices=["auto", "readable", "lean", "fused"])
 
     @property
     def experts(self):
-        """Routed experts of a layer after the granularity split: G * n_expert."""
+        """Routed experts E of a layer after the granularity split: G * n_expert."""
         return self.n_expert * self.granularity
 
     @property
-    def active(self):
-        """Routed experts that a token visits after the split: G * top_k (soft: all of them)."""
-        return self.experts if self.router == "soft" else self.top_k * self.granularity
-
-    @property
     def expert_width(self):
-        """Hidden width of one routed expert."""
+        """Hidden width w of one routed expert."""
         return self.d_expert or self.d_ff // self.granularity
 
 
@@ -154,10 +137,15 @@ class DataConfig:
     dir: str = opt("", "folder of the prepared corpora (empty: data/prepared)")
     max_tokens: int = opt(0, "use at most this many training tokens of each corpus (0: all)", low=0)
 
+    @property
+    def names(self):
+        """The corpora as a list."""
+        return self.name if isinstance(self.name, list) else [self.name]
+
 
 @dataclass
 class TrainConfig:
-    max_steps: int = opt(1000, "optimizer steps", low=1)
+    max_steps: int = opt(1000, "optimizer steps", low=1, group="how long, and how")
     batch_size: int = opt(32, "sequences per optimizer step, all micro-steps and processes together", low=1)
     grad_accum: int = opt(1, "micro-steps that a batch is cut into, to save memory", low=1)
     lr: float = opt(3e-3, "peak learning rate", low=0.0)
@@ -173,7 +161,10 @@ class TrainConfig:
     beta2: float = opt(0.95, "AdamW", low=0.0, high=0.99999)
     grad_clip: float = opt(1.0, "largest global gradient norm (0: no clipping)", low=0.0)
     seed: int = opt(0, "seed of the initialisation and of every draw in training", low=0, high=2**62)
-    eval_every: int = opt(250, "steps between evaluations (0: only at the end)", low=0)
+    init_from: str = opt("", "run folder whose weights, [model] and [ffn] this run starts from")
+
+    eval_every: int = opt(250, "steps between evaluations (0: only at the end)", low=0,
+                          group="what is told and kept")
     eval_batches: int = opt(20, "validation batches, always the same ones", low=1)
     log_every: int = opt(1, "steps between rows of log.csv", low=1)
     save_every: int = opt(0, "steps between checkpoints (0: at every evaluation)", low=0)
@@ -181,15 +172,15 @@ class TrainConfig:
                     "and best), last", choices=["all", "best", "last"])
     sample_every: int = opt(0, "steps between printed samples (0: only at the end)", low=0)
     sample_tokens: int = opt(200, "length of a printed sample (0: none)", low=0)
+
     dtype: str = opt("auto", "arithmetic: auto is float32 on CPU and MPS, bfloat16 on CUDA; parameters stay "
-                     "float32", choices=["auto", "float32", "bfloat16"])
+                     "float32", choices=["auto", "float32", "bfloat16"], group="what computes")
     device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=["auto", "cpu", "cuda", "mps"])
     compile: str = opt("auto", "torch.compile: auto is on for CUDA and off elsewhere",
                        choices=["auto", "on", "off"])
     parallel: str = opt("ddp", "with several processes (torchrun): ddp, each has the whole model; fsdp, each "
                         "has a share of parameters, gradients and optimizer state, for what outgrows one GPU",
                         choices=["ddp", "fsdp"])
-    init_from: str = opt("", "run folder whose weights, [model] and [ffn] this run starts from")
 
 
 @dataclass
@@ -206,3 +197,38 @@ class LifelongConfig:
     lora_rank: int = opt(0, "rank r of low-rank adapters W + alpha/r B A on the linear layers of attention "
                             "and dense feed-forward layers; nothing else learns (0: none)", low=0)
     lora_alpha: float = opt(16.0, "alpha, by which the adapters' part is scaled", low=0.0)
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    ffn: FFNConfig = field(default_factory=FFNConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    lifelong: LifelongConfig = field(default_factory=LifelongConfig)
+    sources: dict = field(default_factory=dict, repr=False, compare=False)   # "ffn.top_k" -> where it was set
+
+    def get(self, key):
+        """The value of a setting by its dotted name."""
+        section, _, name = key.partition(".")
+        return getattr(getattr(self, section), name)
+
+    def fail(self, key, why):
+        """Raises a ConfigError about a value that is fine by itself but not beside the others."""
+        source = self.sources.get(key, "default")
+        raise ConfigError(f"{source}: {key} = {show(self.get(key))} {why}")
+
+    def to_dict(self):
+        """The settings as nested tables."""
+        return {section: dataclasses.asdict(getattr(self, section)) for section in SECTIONS}
+
+
+SECTIONS = {"model": ModelConfig, "ffn": FFNConfig, "data": DataConfig, "train": TrainConfig,
+            "lifelong": LifelongConfig}
+
+
+def show(value):
+    """A value as TOML writes it."""
+    if isinstance(value, list):
+        return "[" + ", ".join(show(v) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=False)        # TOML's strings, numbers and booleans are JSON's

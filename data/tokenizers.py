@@ -1,13 +1,14 @@
-"""Text to token ids and back. One class; the kinds differ in their tokens and in how text is cut into them.
+"""Text to token ids and back. One class; the kinds differ in their tokens and in how text is cut
+into them.
 
     byte   the 256 bytes: no training, nothing is ever unknown, the sequences are long
-    char   the characters of the corpus, sorted, as in nanoGPT's Shakespeare; one it never saw is an error
+    char   the characters of the corpus, sorted, as in nanoGPT's Shakespeare; any other is an error
     bpe    byte-pair encoding trained on the corpus (bpe.py), run by tiktoken
     gpt2   GPT-2's own 50,257 tokens, from the file that tiktoken downloads or has in its cache
 
-Every token is a string of bytes, so decoding is joining, whatever the kind, and a byte count for bits per
-byte is a sum of token lengths. byte, bpe and gpt2 are lossless for every valid text: what they cannot merge
-they spell in bytes.
+Every token is a string of bytes. To decode is to join them, and the bytes of a text (for bits per
+byte) are the sum of its tokens' lengths. byte, bpe and gpt2 are lossless for every valid text: they
+spell in single bytes what they cannot merge. char is lossless for the characters of its corpus.
 """
 import hashlib
 import json
@@ -19,16 +20,17 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from data.binfile import DataError, replacing
+from data.binfile import DataError, explain, replacing
 from data.bpe import PATTERN
 
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-PIECE = 1 << 16         # characters that tiktoken gets at a time: enough for its threads, little memory
+PIECE = 1 << 16         # characters that a thread of tiktoken gets at a time
 
 
 class Tokenizer:
-    """kind, and tokens: a list of bytes, the id is the position. Make one with byte(), from_chars(),
-    from_bpe(), gpt2() or load(). Equal `fingerprint`s, short hashes of all that matters, mean equal ids.
+    """kind: byte, char, bpe or gpt2. tokens: a list of bytes; the position of a token is its id.
+    Made by byte(), from_chars(), from_bpe(), gpt2() or load(). `fingerprint` is a short hash of
+    kind, tokens and pattern: two tokenizers with one fingerprint give the same ids.
     """
 
     def __init__(self, kind, tokens, pattern=PATTERN):
@@ -36,11 +38,13 @@ class Tokenizer:
         self.vocab_size = len(tokens)
         self.name = f"bpe{len(tokens)}" if kind == "bpe" else kind
         if kind == "char":
+            # a table from code point to id; -1 is unknown, and so is the last row, for all code
+            # points above
             codes = np.array([ord(token.decode()) for token in tokens])
-            self._ids = np.full(codes.max() + 2, -1, np.int32)      # code point -> id; the last stays -1
+            self._ids = np.full(codes.max() + 2, -1, np.int32)
             self._ids[codes] = np.arange(len(codes))
         elif kind in ("bpe", "gpt2"):
-            # <|endoftext|> keeps its id as a token, but no text is ever read as it: users' text stays text
+            # <|endoftext|> keeps its id, but no text is encoded as it: the user's text stays text
             ranks = {token: rank for rank, token in enumerate(tokens) if token != b"<|endoftext|>"}
             self._encoding = tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks,
                                                special_tokens={})
@@ -65,7 +69,8 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls, patience=30):
-        """GPT-2's tokenizer. Raises DataError with the remedy if it cannot be had in `patience` seconds."""
+        """GPT-2's tokenizer. Raises DataError with the remedy if it cannot be had in `patience`
+        seconds."""
         encoding = fetch_gpt2(patience)
         tokens = [encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab)]
         return cls("gpt2", tokens, encoding._pat_str)
@@ -73,16 +78,18 @@ class Tokenizer:
     # --- using it ---
 
     def encode(self, text):
-        """The token ids of a text: list of int. Raises DataError for what a char tokenizer never saw."""
+        """The token ids of a text: list of int. Raises DataError for what a char tokenizer never
+        saw."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text):
-        """The same as an integer array: what whole corpora go through (10 MB in about a second)."""
+        """The same as an integer array, for whole corpora (10 MB in about a second)."""
+        # char reads code points (4 bytes each), the other kinds read bytes
         try:
             raw = text.encode("utf-32-le" if self.kind == "char" else "utf-8")
         except UnicodeEncodeError as error:
-            raise DataError(f"the text holds something that is not valid Unicode at character {error.start}; "
-                            "give it as UTF-8") from None
+            raise DataError("the text holds something that is not valid Unicode at character "
+                            f"{error.start}; give it as UTF-8") from None
         if self.kind == "byte":
             return np.frombuffer(raw, np.uint8)
         if self.kind == "char":
@@ -91,22 +98,29 @@ class Tokenizer:
             if (ids < 0).any():
                 self._refuse(text, ids)
             return ids
+        # bpe, gpt2: tiktoken encodes the pieces on several threads
         pieces = list(split_pieces(text, PIECE))
-        parts = self._encoding.encode_ordinary_batch(pieces, num_threads=min(8, os.cpu_count() or 1))
-        return np.concatenate([np.array(part, np.int32) for part in parts] or [np.empty(0, np.int32)])
+        threads = min(8, os.cpu_count() or 1)
+        parts = self._encoding.encode_ordinary_batch(pieces, num_threads=threads)
+        parts = [np.array(part, np.int32) for part in parts]
+        return np.concatenate(parts or [np.empty(0, np.int32)])
 
     def _refuse(self, text, ids):
         unknown = sorted({text[i] for i in np.flatnonzero(ids < 0)})
-        named = [f"{char!r} (U+{ord(char):04X})" for char in unknown[:5]] + ["..."] * (len(unknown) > 5)
-        raise DataError(f"the char tokenizer has never seen {', '.join(named)}: it knows {self.vocab_size} "
-                        "characters, those of its corpus; leave these out, or use --tokenizer byte or bpe")
+        named = [f"{char!r} (U+{ord(char):04X})" for char in unknown[:5]]
+        if len(unknown) > 5:
+            named.append("...")
+        raise DataError(f"the char tokenizer has never seen {', '.join(named)}: it knows "
+                        f"{self.vocab_size} characters, those of its corpus; leave these out, or "
+                        "use --tokenizer byte or bpe")
 
     def decode_bytes(self, ids):
-        """The bytes of these ids, which may end within a character. Raises DataError for an unknown id."""
+        """The bytes of these ids, which may end within a character. Raises DataError for an unknown
+        id."""
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.vocab_size:
-                raise DataError(f"token {i} is not one of the {self.vocab_size} that this tokenizer has: "
+                raise DataError(f"token {i} is not one of the {self.vocab_size} of this tokenizer: "
                                 "was the model made for another one?")
         return b"".join(self.tokens[i] for i in ids)
 
@@ -115,7 +129,8 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def token_lengths(self):
-        """(vocab_size,) int32: bytes of each token. loss in nats / ln 2 * tokens / bytes = bits per byte."""
+        """(vocab_size,) int32: bytes of each token. loss in nats / ln 2 * tokens / bytes = bits per
+        byte."""
         return np.array([len(token) for token in self.tokens], np.int32)
 
     # --- keeping it ---
@@ -130,12 +145,14 @@ class Tokenizer:
         return {"kind": self.kind, "pattern": self.pattern, "tokens": tokens}
 
     def to_dict(self):
-        """Everything as JSON-able values, for tokenizer.json beside the data and for every checkpoint."""
+        """Everything as JSON-able values, for tokenizer.json beside the data and for every
+        checkpoint."""
         return {**self._plain(), "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
 
     @classmethod
     def from_dict(cls, plain):
-        """The tokenizer that to_dict described. Raises DataError unless it is that one to the fingerprint."""
+        """The tokenizer that to_dict described. Raises DataError unless it is that one to the
+        fingerprint."""
         try:
             if plain["kind"] == "byte":
                 tokenizer = cls.byte()
@@ -146,7 +163,8 @@ class Tokenizer:
                 tokenizer = cls(plain["kind"], tokens, plain["pattern"])
             else:
                 raise KeyError(f"kind {plain['kind']!r}")
-            if (tokenizer.fingerprint, tokenizer.vocab_size) != (plain["fingerprint"], plain["vocab_size"]):
+            stated = plain["fingerprint"], plain["vocab_size"]
+            if (tokenizer.fingerprint, tokenizer.vocab_size) != stated:
                 raise ValueError("its content does not fit its fingerprint")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"not a valid tokenizer ({error})") from error
@@ -159,21 +177,23 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Reads tokenizer.json. Raises DataError with file and remedy when it is missing or damaged."""
+        """Reads tokenizer.json. Raises DataError with file and remedy when it is missing or
+        damaged."""
+        remedy = "prepare the corpus again: python data/prepare.py NAME --force"
         try:
             return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
-        except (OSError, ValueError, RecursionError) as error:     # DataError and broken JSON are ValueErrors
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{path}: cannot be used as a tokenizer: {reason}; "
-                            "prepare the corpus again: python data/prepare.py NAME --force") from error
+        except OSError as error:
+            raise DataError(explain(error, path, done="read", remedy=remedy)) from error
+        except (ValueError, RecursionError) as error:   # DataError and broken JSON are ValueErrors
+            raise DataError(f"{path}: cannot be used as a tokenizer: {error}; {remedy}") from error
 
 
 def split_pieces(text, size):
-    """Cuts a text into pieces of about `size` characters whose tokens, one after the other, are those of the
-    whole text.
+    """Yields a text in pieces of about `size` characters; the tokens of the pieces are those of the
+    text.
 
-    The cuts lie between a visible character and the white space after it, where every pattern of ours ends a
-    word. A stretch without any such place stays whole.
+    A cut lies between a visible character and the white space after it: every pattern here ends a
+    word there. A stretch without such a place stays whole.
     """
     start = 0
     while len(text) - start > size:
@@ -191,7 +211,10 @@ def next_cut(text, at):
 
 
 def fetch_gpt2(patience):
-    """tiktoken's GPT-2 encoding. Its download knows no time limit, so a thread does it that nobody awaits."""
+    """tiktoken's GPT-2 encoding. Raises DataError with the remedy after `patience` seconds, or at a
+    failure."""
+    # tiktoken's download has no time limit: a thread does it, and is left alone when the time is
+    # over
     result = {}
 
     def fetch():
@@ -206,6 +229,7 @@ def fetch_gpt2(patience):
     if "encoding" in result:
         return result["encoding"]
     reason = type(result["error"]).__name__ if "error" in result else f"no answer in {patience} s"
+    # tiktoken's cache names a file by the SHA-1 of its address
     files = [(GPT2_FILES + name, hashlib.sha1((GPT2_FILES + name).encode()).hexdigest())
              for name in ("vocab.bpe", "encoder.json")]
     raise DataError(f"tiktoken could not get GPT-2's tokenizer ({reason}); download "

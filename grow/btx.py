@@ -18,16 +18,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from grow import ensemble, routing
+from grow.hidden_units import (average, blended, from_units, hidden_units,
+                               put_together, slices)
+from grow.parents import (LAYOUT, check_branches, check_layers, check_settings,
+                          check_tokenizers, joined_config, open_parents,
+                          strangers)
+from model import GPT, check, resolve, sparse_layers
+from routers import ROUTERS, help_text
 from runtime import checkpoint
-from grow import ensemble
-from grow import routing as routes
-from runtime.config import Config, ConfigError, Parser, add_settings, fail, parse, resolve, sparse_layers, validate
-from data.binfile import DataError
-from model import GPT
-from grow.parents import (LAYOUT, check_branches, check_layers, check_settings, check_tokenizers, joined_config,
-                     open_parents, strangers)
-from settings import ONE_EXPERT
-from grow.hidden_units import average, blended, from_units, hidden_units, put_together, slices
+from runtime.config import (Ending, Parser, add_settings, from_tables, parse,
+                            set_text)
+from settings import ConfigError
 
 # What of [ffn] follows from the parents and cannot be chosen.
 GIVEN = {"upcycle": ("kind", "activation", "d_ff", "d_dense"),
@@ -39,12 +41,12 @@ GIVEN = {"upcycle": ("kind", "activation", "d_ff", "d_dense"),
 
 def sparse_config(parents, ffn, overrides):
     """Config of the model to be made: the runs', with this [ffn] and the overrides. Raises ConfigError."""
-    config = Config.from_dict(joined_config(parents) | {"ffn": ffn}, str(parents[0].folder))
+    config = from_tables(joined_config(parents) | {"ffn": ffn}, str(parents[0].folder))
     for key, value in overrides:
-        config.set(key, value, f"--{key}")
-    if config.ffn.router == "hash" and config.ffn.hash_table == "balanced":
+        set_text(config, key, value)
+    if config.ffn.hash_table == "balanced" and not ROUTERS[config.ffn.router].traits.logits:
         config.fail("ffn.hash_table", "needs the counts of a corpus, which nobody reads here; use \"random\"")
-    return validate(resolve(config))
+    return check(resolve(config))
 
 
 def refuse_given(overrides, command):
@@ -92,7 +94,7 @@ def mix(parents, overrides, router="topk", top_k=0, blend=False, split=1, freeze
     E, n = split * sum(p.n_expert for p in parents), width // split
     router = dict(overrides).get("ffn.router", router)
     ffn = dict(kind="moe", activation=parents[0].config.ffn.activation, d_ff=n, d_dense=width, n_expert=E,
-               router=router, top_k=top_k or (1 if router in ONE_EXPERT else min(2, E)))
+               router=router, top_k=top_k or (1 if one_expert(router) else min(2, E)))
     ffn |= dict(n_frozen=E, frozen_routes=False) if freeze else {}
     ffn |= {name: getattr(sparse[0].config.ffn, name) for name in LAYOUT} if sparse else {}
     config = sparse_config(parents, ffn, overrides)
@@ -114,7 +116,7 @@ def merge(parents, weights=None):
     if parents[0].config.ffn.kind != "dense":
         check_settings(parents, "ffn")
     weights, states = [w / sum(weights) for w in weights or []], [p.model.state_dict() for p in parents]
-    config = validate(resolve(Config.from_dict(joined_config(parents), str(parents[0].folder))))
+    config = check(resolve(from_tables(joined_config(parents), str(parents[0].folder))))
     model = GPT(config).eval()
     model.load_state_dict({name: average([state[name] for state in states], weights) for name in states[0]})
     return config, model
@@ -127,11 +129,13 @@ def save(o, kind, parents, config, model, **more):
     ancestry = dict(kind=kind, **more, parents=[p.header["ancestry"] for p in parents])
     checkpoint.sign(ancestry, o.out, model.embedding.weight)
     with checkpoint.Lock(o.out):
-        checkpoint.claim(o.out, o.overwrite, [p.folder for p in parents])
+        checkpoint.check_free(o.out, o.overwrite, [p.folder for p in parents])
+        checkpoint.clear_run(o.out)
         checkpoint.carry_tokenizer(config, parents[0].tokenizer, Path(o.out))
         checkpoint.save_made(o.out, config, model.state_dict(), parents[0].tokenizer, ancestry)
-    f, count, layers = config.ffn, model.num_params(), sparse_layers(config)
-    kind = f"{f.experts} experts in layers {layers}, {f.active} a token" if f.kind == "moe" else f.kind
+    count, kind = model.num_params(), config.ffn.kind
+    if model.sparse:
+        kind = f"in layers {model.sparse} {model.blocks[model.sparse[0]].ffn.describe(torch.float32)}"
     print(f"{o.out}: {kind}; {count.total:,} parameters, {count.active:,} active. Next:\n"
           f"  python train.py CONFIG.toml --train.init_from {o.out} --out DIR")
 
@@ -175,6 +179,11 @@ def run_merge(o, overrides):
     save(o, "merge", parents, config, model, weights=o.weights or "uniform")
 
 
+def one_expert(router):
+    """Whether a router sends every token to one expert; one that does not exist is refused later."""
+    return router in ROUTERS and ROUTERS[router].traits.k == 1
+
+
 def two_or_more(runs):
     if len(runs) < 2:
         raise ConfigError(f"{runs[0]} alone: give two runs or more")
@@ -196,7 +205,7 @@ def add_output(parser, drawn=""):
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is there")
     if drawn:
         parser.add_argument("--seed", type=int, default=0, metavar="S", help=f"of {drawn} (default: 0)")
-        add_settings(parser, ["ffn"])
+        add_settings(parser, ["ffn"], more={"ffn.router": help_text()})
 
 
 def build_parser():
@@ -223,7 +232,7 @@ def build_parser():
     how.add_argument("--blend", action="store_true", help="every expert gets a part of every branch's layer")
     how.add_argument("--split", type=int, default=1, metavar="C", help="cut each layer into C experts, whose "
                      "gates, summing to 1, weigh too little unless --ffn.route_scale is C")
-    p.add_argument("--freeze-experts", action="store_true", help="the experts will never change in training")
+    p.add_argument("--freeze_experts", action="store_true", help="the experts will never change in training")
     add_output(p, "the router")
     p = add_command(commands, "merge", run_merge, "the average of the weights of several runs")
     p.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per run (default: uniform)")
@@ -231,28 +240,27 @@ def build_parser():
     p = add_command(commands, "ensemble", ensemble.run, "Branch-Train-Merge: the predictions of several "
                     "runs, mixed by how well each has predicted the text so far")
     ensemble.add_options(p)
-    p = add_command(commands, "route", routes.run, "the share of each expert in every corpus and "
+    p = add_command(commands, "route", routing.run, "the share of each expert in every corpus and "
                     "layer: a table, routing.csv and routing.png", several=False)
-    routes.add_options(p)
+    routing.add_options(p)
     return parser, commands.choices
 
 
 def main(argv=None):
     """The program; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with Ending() as end:
         parser, commands = build_parser()
         if not argv or argv[0] not in commands:
             parser.parse_args(argv)                                     # help, or an error: ends the program
         options, overrides = parse(commands[argv[0]], argv[1:])
-        options.work(options, overrides)
-    except (ConfigError, checkpoint.CheckpointError, DataError) as e:
-        return fail(e)
-    except OSError as e:                                                # of --json, or of route's --out
-        return fail(f"{e.filename}: {e.strerror}")
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        try:
+            options.work(options, overrides)
+        except OSError as e:                                            # of --json, or of route's --out
+            if isinstance(e, BrokenPipeError):
+                raise
+            raise ConfigError(f"{e.filename}: {e.strerror}") from None
+    return end.status
 
 
 if __name__ == "__main__":

@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.checkpoint import write_text
-from runtime.config import ConfigError
+from grow.parents import (check_settings, check_tokenizers, open_parents,
+                          validation)
 from model import Output
-from grow.parents import as_trained, check_settings, check_tokenizers, open_parents, validation
-from sample import PLAIN, pick_device, sample_text
+from runtime.checkpoint import write_text
+from runtime.device import as_trained, pick_device
+from runtime.terminal import PLAIN
+from sample import sample_text
+from settings import ConfigError
 
 POSTERIORS = {"product": "the prior times the likelihood of all tokens so far, as in the paper",
               "one_token": "the prior times the likelihood of the last token, as in the released code",

@@ -9,9 +9,9 @@ Axis letters: E experts, n hidden units of one, U units in all, d width of the m
 """
 import torch
 
-from runtime.config import ConfigError, sparse_layers
-from model import GPT
-from moe import Dense
+from ffn import Dense
+from model import GPT, sparse_layers
+from settings import ConfigError
 
 
 def hidden_units(ffn):

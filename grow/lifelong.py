@@ -6,36 +6,32 @@
 The first makes a run folder whose sparse layers have more experts and router rows, the old ones frozen; the
 number of experts that a token visits stays. The second trains it on new text: the new experts, the new rows
 and all that every token shares (attention, embeddings, norms). That shared part is where forgetting enters;
-what holds it is in retain.py.
+what holds it is in grow/retain.py.
 """
 import sys
 
 import torch
 
-from runtime import checkpoint
-from runtime.config import Config, ConfigError, Parser, fail, parse, show, sparse_layers
 from data.batches import EvalBatches
 from data.binfile import DataError
-from data.prepare import find_or_prepare
-from model import GPT
+from data.prepare import prepared
 from grow.retain import kl_divergence
+from model import GPT, load_model, sparse_layers
+from routers import ALL, traits_of
+from runtime import checkpoint
+from runtime.config import Ending, Parser, from_tables, parse
+from settings import ConfigError, show
 
 ROUTER_NOISE = 0.01         # of a copied router row, as a share of the rows' size: equal rows would tie
 
 
-def refuse(config):
+def refuse(model):
     """Raises ConfigError for a model whose experts cannot become more."""
-    f = config.ffn
-    grid = "an expert is a pair of sub-keys, so they come a whole row and column of a grid at a time"
-    reasons = dict(
-        dense="it has no experts; `python -m grow.btx upcycle` makes them", peer=grid, pkm=grid,
-        hash="its table sends no token id to a new expert, and another table would send old ids elsewhere",
-        domain="expert i belongs to corpus i; a new expert needs a new corpus, not an expansion",
-        expert_choice="an expert takes its share of the tokens; among more experts the old ones, frozen or "
-                      "not, would take fewer")
-    name = f.router if f.kind == "moe" else f.kind
-    if name in reasons:
-        raise ConfigError(f"a {name} model cannot be expanded: {reasons[name]}")
+    f = model.config.ffn
+    layer = model.blocks[model.sparse[0] if model.sparse else 0].ffn
+    if layer.not_grown():
+        name = getattr(layer, "router", None) and f.router or f.kind
+        raise ConfigError(f"a {name} model cannot be expanded: {layer.not_grown()}")
     if f.n_groups > 1:
         raise ConfigError(f"a model with ffn.n_groups = {f.n_groups} cannot be expanded: groups are "
                           "neighbours, and among more experts the old ones would change groups")
@@ -44,7 +40,7 @@ def refuse(config):
 def grown_config(config, add):
     """The expanded model's Config. A loss that evens out the load of old and new experts would send the new
     text to experts that cannot learn it, so there is none; loss_free balances the new ones alone (moe.py)."""
-    grown = Config.from_dict(config.to_dict())
+    grown = from_tables(config.to_dict())
     f = grown.ffn
     f.n_frozen, f.frozen_routes, f.n_expert = f.experts, True, f.n_expert + add
     if f.balance == "loss_free":
@@ -82,8 +78,7 @@ def comparison(config, tokenizer):
     """(batches (x, domain), what they are): validation text of the run's corpora, or else random tokens."""
     d, T, rows = config.data, config.model.block_size, min(config.train.batch_size, 32)
     try:
-        found = find_or_prepare(d.name, d.tokenizer, d.vocab_size, d.dir or None, d.max_tokens, quiet=True)
-        folders, theirs = found
+        folders, theirs = prepared(d)
         if theirs.fingerprint != tokenizer.fingerprint:
             raise DataError("it was prepared with another tokenizer")
         valid = EvalBatches(folders, T, rows, 4, tokenizer.token_lengths())
@@ -105,12 +100,13 @@ def mean_divergence(old, new, batches):
 def expand(run, add, out, init="copy", seed=0, overwrite=False, say=print):
     """Makes the run folder `out`: the best weights of `run` with `add` more experts (times ffn.granularity)
     in each sparse layer, the old ones frozen. Raises ConfigError, CheckpointError."""
-    old, config, tokenizer, header = checkpoint.load_model(run)
-    refuse(config)
+    old, config, tokenizer, header = load_model(run)
+    refuse(old)
     grown = grown_config(config, add)
     with checkpoint.Lock(out):
-        checkpoint.claim(out, overwrite, [run])
+        checkpoint.check_free(out, overwrite, [run])
         state = grow(old.state_dict(), config, grown, init, seed)
+        checkpoint.clear_run(out)
         parent = header["ancestry"] | dict(run=str(run))                # where it is now, not where it was
         ancestry = dict(kind="expand", run=str(out), added=add, init=init, seed=seed, parents=[parent])
         checkpoint.save_made(out, grown, state, tokenizer, ancestry)
@@ -123,18 +119,18 @@ def expand(run, add, out, init="copy", seed=0, overwrite=False, say=print):
 
 def compare(old, new, config, grown, tokenizer):
     """What changed, in lines: experts, parameters, FLOPs, balancing, and how far the predictions moved."""
-    before, after, router = old.num_params(), new.num_params(), config.ffn.router
+    before, after, traits = old.num_params(), new.num_params(), traits_of(config.ffn)
     batches, text = comparison(config, tokenizer)
     lines = [f"{config.ffn.experts} -> {grown.ffn.experts} in each of layers {sparse_layers(config)}; the "
              f"first {grown.ffn.n_frozen} and their router rows are frozen",
              f"parameters {before.total:,} -> {after.total:,}, active {before.active:,} -> {after.active:,}",
              f"forward FLOPs per token {old.flops_per_token():,} -> {new.flops_per_token():,}: "
-             + ("soft visits every expert" if router == "soft" else "the new router rows"),
+             + ("every expert is visited" if traits.k == ALL else "the new router rows"),
              f"KL(old || new) = {mean_divergence(old, new, batches):.4g} nats a token at step 0, on {text}"]
     if config.ffn.balance != grown.ffn.balance:
         lines.append(f"balance {config.ffn.balance} -> none: a loss would send new text to frozen experts")
-    if router in ("sinkhorn", "base"):
-        lines.append(f"note: in training {router} gives old and new experts equal shares, by construction")
+    if traits.across == "in training":
+        lines.append(f"note: in training {config.ffn.router} gives old and new experts equal shares, by construction")
     return "\n".join(lines)
 
 
@@ -160,17 +156,12 @@ def build_parser():
 def main(argv=None):
     """The program; returns its exit status: 0 done, 1 a run folder that cannot be used, 2 a mistake in what
     was asked for."""
-    try:
+    with Ending() as end:
         o, _ = parse(build_parser(), argv)
         if o.add < 1 or not 0 <= o.seed < 2**62:
             raise ConfigError(f"--add {o.add} must be at least 1, --seed {o.seed} at least 0")
         expand(o.run, o.add, o.out, o.init, o.seed, o.overwrite)
-    except (ConfigError, DataError, KeyboardInterrupt) as e:
-        return fail(e)
-    except checkpoint.CheckpointError as e:
-        fail(e)
-        return 1
-    return 0
+    return end.status
 
 
 if __name__ == "__main__":

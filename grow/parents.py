@@ -9,15 +9,14 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from runtime import checkpoint
-from runtime.config import Config, ConfigError, all_fields, show, sparse_layers
 from data.batches import EvalBatches
 from data.binfile import DataError
-from data.prepare import find_or_prepare
+from data.prepare import prepared
 from data.tokenizers import Tokenizer
-from model import GPT
+from model import GPT, load_model, sparse_layers
+from runtime import checkpoint
+from runtime.config import all_fields, from_tables
+from settings import Config, ConfigError, show
 
 # What sparse branches must agree in, and the mix takes from them.
 LAYOUT = ("moe_every", "moe_layers", "n_dense_first", "d_dense", "n_shared", "d_shared", "shared_gate",
@@ -48,13 +47,12 @@ class Parent(NamedTuple):
 
     @property
     def corpora(self):
-        name = self.config.data.name
-        return name if isinstance(name, list) else [name]
+        return self.config.data.names
 
 
 def open_parents(folders, device="cpu"):
     """The best weights of each run: list of Parent. Raises CheckpointError."""
-    return [Parent(Path(folder), *checkpoint.load_model(folder, device)) for folder in folders]
+    return [Parent(Path(folder), *load_model(folder, device)) for folder in folders]
 
 
 def check_alike(parents, what, values, remedy):
@@ -132,20 +130,14 @@ def joined_config(parents):
     return {name: table for name, table in tables.items() if name != "lifelong"}
 
 
-def as_trained(model):
-    """Context in which a model computes as in its own training's evaluation."""
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16,
-                          enabled=model.config.train.dtype == "bfloat16")
-
-
 def validation(parent, names, block_size):
     """EvalBatches of corpora, by name or path, read with the run's tokenizer: the batches that its own
     training evaluated on, if it was trained on these. Raises DataError."""
-    config = Config.from_dict(parent.config.to_dict())
-    d, t = config.data, config.train
+    config = from_tables(parent.config.to_dict())
+    t = config.train
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.carry_tokenizer(config, parent.tokenizer, Path(folder))
-        folders, found = find_or_prepare(names, d.tokenizer, d.vocab_size, d.dir or None, d.max_tokens)
+        folders, found = prepared(config.data, names, quiet=False)
     if found.fingerprint != parent.tokenizer.fingerprint:
         raise DataError(f"{', '.join(names)}: has another tokenizer ({found.name}) than {parent.folder} "
                         f"({parent.tokenizer.name}); give corpora that it can read")

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import load_model
 from runtime import checkpoint
-from runtime.config import nearest, show
+from runtime.config import nearest
+from settings import show
 
 ADAPTED = ("attention.qkv", "attention.out", ".w_in", ".w_out")     # linear layers that get low-rank adapters
 
@@ -105,7 +107,7 @@ def load_old(folder, config, tokenizer, device):
     """The old model, in evaluation mode and without gradients. Raises CheckpointError if it is gone or cannot
     read what the new one reads."""
     m = config.model
-    old, theirs, their_tokenizer, _ = checkpoint.load_model(check_there(folder), device)
+    old, theirs, their_tokenizer, _ = load_model(check_there(folder), device)
     for same, what in ((their_tokenizer.fingerprint == tokenizer.fingerprint, "another tokenizer"),
                        (theirs.model.vocab_size == m.vocab_size, "another model.vocab_size"),
                        (theirs.model.block_size >= m.block_size, "a shorter model.block_size")):

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from grow.parents import open_parents, validation
+from model import sparse_layers
 from runtime.checkpoint import write_text
-from runtime.config import ConfigError, sparse_layers
-from grow.parents import as_trained, open_parents, validation
-from sample import pick_device
+from runtime.device import as_trained, pick_device
+from settings import ConfigError
 
 MOST = 16                               # experts of which a table or a map of them can still show each number
 

@@ -1,49 +1,46 @@
-"""The Triton kernels of the MoE layer, each beside the plain PyTorch function it must equal.
+"""The Triton kernels of the MoE layer, each beside its twin, and the two Functions that run all
+experts.
 
-Imports, and runs the twins, without Triton. PEER's kernels are in kernels_peer.py.
+Letters: N tokens, d width, E experts, w hidden width of an expert, k choices per token, P = N k
+pairs (a token at one of its experts). The rules of all kernels (deterministic, no synchronisation,
+compile) stand in kernels/__init__.py.
 
-    name_torch(...)    the twin: plain PyTorch, any device, any float dtype; defines what is computed
-    _name_kernel       the Triton kernel: float32 or bfloat16 in and out, float32 inside
-    name(...)          what other files call: allocates, and picks one of the two by `use_triton`
-
-Letters: T tokens, d model width, n hidden width of an expert, k experts per token, P = T*k pairs (a token
-at one of its experts). "Expert order" is the stable sort of the flat pairs by expert: sorted position p
-holds pair order[p], of token order[p] // k; inverse[order[p]] = p.
-
-Deterministic: each output element is written by one program, which adds in a fixed order; nothing is atomic.
-No synchronisation, no recompile: a launch is shaped by T, P and N alone, never by the loads of the experts.
-Compile: a launch is plain `kernel[grid](...)`, the simplest of PyTorch's ways. torch.compile puts it into its
-    graph (no graph break) and reads from the kernel itself which arguments it writes, so that it copies none.
-    A custom operator would add dispatch in eager mode and hide the launch from Inductor.
-Autograd: none here. Every gradient is one of these functions too; moe.py and peer.py tie the two together.
+"Expert order" is the stable sort of the flat pairs by expert. Sorted position p holds pair
+order[p], which belongs to token order[p] // k; inverse[order[p]] = p. P is below 2^31, because the
+ends of the experts' groups are int32 for F.grouped_mm.
 """
 
 import torch
 import torch.nn.functional as F
 
-from kernels.common import (ACTIVATION_GRADS, ACTIVATIONS, activate, aten, ceil_div, choose, contiguous, power_of_2,
-                            tl, triton)
+from kernels.common import (ACTIVATION_GRADS, ACTIVATIONS, activate, aten, ceil_div, choose,
+                            contiguous, power_of_2, tl, triton, use_triton)
 
 
 # ---- tokens into expert order and back ----
-# One program moves a tile of 8 or 16 rows by up to 256 columns with 4 warps: a warp reads 512 contiguous
-# bytes of a bf16 row, 16 a thread, several rows in flight. 256 divides 768, 1024 and 1280, so that few
-# lanes idle. Neighbouring programs take the tiles of one block of rows, so that whole rows stay together.
+# One program moves a tile of 8 or 16 rows by up to 256 columns with 4 warps. A warp reads 512
+# contiguous bytes of a bfloat16 row, 16 bytes a thread, and has several rows in flight. 256 divides
+# 768, 1024 and 1280, so that few lanes idle.
 
 def tile_grid(rows, width, block_rows):
-    """grid, (block_rows, block_columns) for an array (rows, width)."""
+    """(grid, (block_rows, block_columns)) for an array (rows, width) that is cut by `tile`."""
     block_columns = min(256, power_of_2(width))
-    return (ceil_div(rows, block_rows) * ceil_div(width, block_columns),), (block_rows, block_columns)
+    tiles = ceil_div(rows, block_rows) * ceil_div(width, block_columns)
+    return (tiles,), (block_rows, block_columns)
 
 
 @triton.jit
 def tile(ROWS, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's rows (BLOCK_R,), columns (BLOCK_C,), and masks of rows and of elements. Rows are int64:
-    row * width passes 2**31 at real sizes."""
-    tiles = tl.cdiv(WIDTH, BLOCK_C)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    col = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return row, col, row < ROWS, (row < ROWS)[:, None] & (col < WIDTH)[None, :]
+    """This program's rows (BLOCK_R,) and columns (BLOCK_C,) of an array (ROWS, WIDTH), a mask of
+    the rows and a mask of the elements. Limit: the grid takes 2^31 - 1 tiles."""
+    # Neighbouring programs take the tiles of one block of rows: whole rows are read together.
+    tiles_per_row = tl.cdiv(WIDTH, BLOCK_C)
+    # Rows are int64 from here on, because row * width passes 2^31 at real sizes.
+    row = (tl.program_id(0) // tiles_per_row).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    col = (tl.program_id(0) % tiles_per_row) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = row < ROWS
+    mask = live[:, None] & (col < WIDTH)[None, :]
+    return row, col, live, mask
 
 
 def permute_torch(x, order, k):
@@ -54,230 +51,299 @@ def permute_torch(x, order, k):
 def _permute_kernel(X, ORDER, OUT, P, K: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
                     BLOCK_C: tl.constexpr):
     """A tile of OUT per program, in registers only between its read and its write.
-    Traffic: Pd elements written; Pd read, k times from the same Td."""
+    Traffic: Pd elements written; Pd read, k times from the same Nd.
+    Limits: offsets are 64-bit; at most 2^31 - 1 tiles."""
     row, col, live, mask = tile(P, D, BLOCK_R, BLOCK_C)
+    # Which token each sorted position holds                                            (BLOCK_R,)
     token = tl.load(ORDER + row, mask=live, other=0).to(tl.int64) // K
-    tl.store(OUT + row[:, None] * D + col, tl.load(X + token[:, None] * D + col, mask=mask), mask=mask)
+    # Its part of the row, copied                                              (BLOCK_R, BLOCK_C)
+    x = tl.load(X + token[:, None] * D + col, mask=mask)
+    tl.store(OUT + row[:, None] * D + col, x, mask=mask)
 
 
 def permute(x, order, k, kernel=None):
-    """Rows of x (T, d) in expert order: out[p] = x[order[p] // k], (P, d). Its backward is `unpermute`."""
+    """Rows of x (N, d) in expert order: out[p] = x[order[p] // k], (P, d). Its backward is
+    `unpermute`."""
     if not choose(kernel, x):
         return permute_torch(x, order, k)
     x, order = contiguous(x, order)
-    out = x.new_empty(len(order), x.shape[1])
+    P, d = len(order), x.shape[1]
+    out = x.new_empty(P, d)
     if out.numel():
-        grid, blocks = tile_grid(*out.shape, 16)
-        _permute_kernel[grid](x, order, out, len(order), k, x.shape[1], *blocks, num_warps=4)
+        grid, blocks = tile_grid(P, d, 16)
+        _permute_kernel[grid](x, order, out, P, k, d, *blocks, num_warps=4)
     return out
 
 
 def unpermute_torch(y, inverse, k):
-    # embedding_bag is the sum of k gathered rows: one pass, float32 inside, and (T, k, d) never exists; a
-    # CPU does it in half the time of index_add and a sixth of index_select().view().sum()
+    # embedding_bag sums k gathered rows in one pass, float32 inside, and never makes (N, k, d). A
+    # CPU does it in half the time of index_add and a sixth of index_select().view().sum().
     return F.embedding_bag(inverse.view(-1, k), y, mode="sum")
 
 
 @triton.jit
-def _unpermute_kernel(Y, INVERSE, OUT, T, K: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
+def _unpermute_kernel(Y, INVERSE, OUT, N, K: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
                       BLOCK_C: tl.constexpr):
     """A tile of OUT per program, summed in float32 registers in the order of the token's choices.
-    Traffic: Pd elements read once, Td written once."""
-    row, col, live, mask = tile(T, D, BLOCK_R, BLOCK_C)
+    Traffic: Pd elements read once, Nd written once.
+    Limits: offsets are 64-bit; at most 2^31 - 1 tiles."""
+    row, col, live, mask = tile(N, D, BLOCK_R, BLOCK_C)
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for j in tl.static_range(K):  # unrolled, so that the k reads do not wait for each other
+    # The loop is unrolled, so that the k reads do not wait for each other.
+    for j in tl.static_range(K):
+        # Where choice j of each token lies in expert order                             (BLOCK_R,)
         p = tl.load(INVERSE + row * K + j, mask=live, other=0).to(tl.int64)
         total += tl.load(Y + p[:, None] * D + col, mask=mask, other=0.0).to(tl.float32)
     tl.store(OUT + row[:, None] * D + col, total.to(OUT.dtype.element_ty), mask=mask)
 
 
 def unpermute(y, inverse, k, kernel=None):
-    """Sum of each token's k rows: out[t] = sum_j y[inverse[t*k + j]], y (P, d) -> (T, d). Its backward is
-    `permute`. The routing weights are already in y: see `gated_activation`."""
+    """Sum of each token's k rows: out[n] = sum_j y[inverse[n k + j]], y (P, d) -> (N, d). Its
+    backward is `permute`. The routing weights are already in y: see `gated_activation`."""
     if not choose(kernel, y):
         return unpermute_torch(y, inverse, k)
     y, inverse = contiguous(y, inverse)
-    out = y.new_empty(len(inverse) // k, y.shape[1])
+    N, d = len(inverse) // k, y.shape[1]
+    out = y.new_empty(N, d)
     if out.numel():
-        grid, blocks = tile_grid(*out.shape, 8)
-        _unpermute_kernel[grid](y, inverse, out, len(out), k, y.shape[1], *blocks, num_warps=4)
+        grid, blocks = tile_grid(N, d, 8)
+        _unpermute_kernel[grid](y, inverse, out, N, k, d, *blocks, num_warps=4)
     return out
 
 
 # ---- the activation with the routing weight folded in ----
-# W2 (w act(h)) = w W2 act(h) for experts without bias. Weighting here makes the router's gradient a dot
-# product over n instead of d, and no expert output (P, d) has to be saved for it.
+# W_out (p act(h)) = p W_out act(h) for an expert without bias and a routing weight p. With the
+# weight here, the router's gradient is a dot product over w instead of d, and no expert output
+# (P, d) has to be saved for it. "swiglu" is silu(gate) * up; a row of h is then [gate | up].
 
 def gated_activation_torch(h, weight, activation):
-    w = weight.to(h.dtype).unsqueeze(1)
-    if activation != "swiglu":
-        return ACTIVATIONS[activation](h).mul_(w)
-    gate, up = h.chunk(2, -1)
-    return F.silu(gate).mul_(up).mul_(w)
+    column = weight.to(h.dtype).unsqueeze(1)                                            # (P, 1)
+    if activation == "swiglu":
+        gate, up = h.chunk(2, -1)                                                      # (P, w) each
+        return F.silu(gate).mul_(up).mul_(column)
+    return ACTIVATIONS[activation](h).mul_(column)
 
 
 @triton.jit
-def _gated_activation_kernel(H, WEIGHT, A, P, N: tl.constexpr, ACT: tl.constexpr, BLOCK_R: tl.constexpr,
-                             BLOCK_C: tl.constexpr):
+def _gated_activation_kernel(H, WEIGHT, A, P, W: tl.constexpr, ACT: tl.constexpr,
+                             BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """A tile of A per program, computed in float32 registers and rounded once.
-    Traffic: 3Pn elements with swiglu, else 2Pn."""
-    row, col, live, mask = tile(P, N, BLOCK_R, BLOCK_C)
-    WIDTH: tl.constexpr = 2 * N if ACT == "swiglu" else N  # of a row of H: [gate | up], or the pre-activation
-    h = H + row[:, None] * WIDTH + col
-    value, _ = activate(tl.load(h, mask=mask, other=0.0).to(tl.float32), ACT)
-    if ACT == "swiglu":
-        value *= tl.load(h + N, mask=mask, other=0.0).to(tl.float32)
+    Traffic: 3Pw elements with swiglu, else 2Pw.
+    Limits: offsets are 64-bit; at most 2^31 - 1 tiles."""
+    row, col, live, mask = tile(P, W, BLOCK_R, BLOCK_C)
+    GATED: tl.constexpr = ACT == "swiglu"
+    H_WIDTH: tl.constexpr = 2 * W if GATED else W
+    # The pre-activation, or its gate half                                     (BLOCK_R, BLOCK_C)
+    h = H + row[:, None] * H_WIDTH + col
+    value, _ = activate(tl.load(h, mask=mask, other=0.0).to(tl.float32), "silu" if GATED else ACT)
+    # times its up half, which lies w elements further,
+    if GATED:
+        value *= tl.load(h + W, mask=mask, other=0.0).to(tl.float32)
+    # times the routing weight of the pair.
     value *= tl.load(WEIGHT + row, mask=live, other=0.0).to(tl.float32)[:, None]
-    tl.store(A + row[:, None] * N + col, value.to(A.dtype.element_ty), mask=mask)
+    tl.store(A + row[:, None] * W + col, value.to(A.dtype.element_ty), mask=mask)
 
 
 def gated_activation(h, weight, activation, kernel=None):
-    """a = weight[:, None] * act(h): h (P, n), or (P, 2n) = [gate | up] for "swiglu", and weight (P,)
-    float32 -> (P, n) in h's dtype. activation: swiglu | gelu (exact) | silu | relu | relu2."""
+    """a = weight[:, None] * act(h), (P, w) in h's dtype. h is (P, w), or (P, 2w) = [gate | up] for
+    "swiglu"; weight is (P,) float32. activation: swiglu | gelu (exact) | silu | relu | relu2."""
     if not choose(kernel, h, weight):
         return gated_activation_torch(h, weight, activation)
     h, weight = contiguous(h, weight)
-    a = h.new_empty(len(h), h.shape[1] // (2 if activation == "swiglu" else 1))
+    P = len(h)
+    w = h.shape[1] // 2 if activation == "swiglu" else h.shape[1]
+    a = h.new_empty(P, w)
     if a.numel():
-        grid, blocks = tile_grid(*a.shape, 8)
-        _gated_activation_kernel[grid](h, weight, a, *a.shape, activation, *blocks, num_warps=4)
+        grid, blocks = tile_grid(P, w, 8)
+        _gated_activation_kernel[grid](h, weight, a, P, w, activation, *blocks, num_warps=4)
     return a
 
 
 def gated_activation_backward_torch(da, h, weight, activation):
-    """In blocks of rows whose temporaries stay in a core's cache: that halves the time on a CPU, where fresh
-    large memory costs more, in page faults, than the arithmetic. A GPU and a compiler want one block."""
-    rows = len(da) if da.is_cuda or torch.compiler.is_compiling() else 2**18 // max(1, da.shape[1])
-    dh, w = torch.empty_like(h), weight.to(h.dtype).unsqueeze(1)
-    blocks = zip(*(t.split(max(1, rows)) for t in (da, h, w, dh)))
-    return dh, torch.cat([_gated_backward_block(*block, activation) for block in blocks]), da
+    # A CPU takes blocks of rows whose temporaries stay in a core's cache. That halves the time,
+    # because fresh large memory costs more in page faults than the arithmetic. A GPU and a compiler
+    # take all rows at once.
+    rows = 2**18 // max(1, da.shape[1])
+    if da.is_cuda or torch.compiler.is_compiling():
+        rows = len(da)
+    step = max(1, rows)
+    column = weight.to(h.dtype).unsqueeze(1)                                            # (P, 1)
+    dh = torch.empty_like(h)
+    blocks = zip(da.split(step), h.split(step), column.split(step), dh.split(step))
+    d_weight = torch.cat([_gated_backward_block(*block, activation) for block in blocks])
+    return dh, d_weight, da
 
 
-def _gated_backward_block(da, h, w, dh, activation):
-    """Writes the gradient of h into dh and w * act(h) over da; returns the gradient of w (rows,)."""
-    d = da * w
+def _gated_backward_block(da, h, weight, dh, activation):
+    """Writes the gradient of h into dh and weight * act(h) over da; weight is (rows, 1). Returns
+    the gradient of weight, (rows,)."""
+    d = da * weight                                                # gradient of act(h), (rows, w)
     if activation == "swiglu":
-        (gate, up), (dgate, dup) = h.chunk(2, -1), dh.chunk(2, -1)
+        gate, up = h.chunk(2, -1)
+        d_gate, d_up = dh.chunk(2, -1)
         a = F.silu(gate)
-        dup.copy_(a).mul_(d)  # not out=dup: a compiler refuses to write into half a row
-        dgate.copy_(aten.silu_backward(d.mul_(up), gate))
+        # Not out=d_up: a compiler refuses to write into half a row.
+        d_up.copy_(a).mul_(d)
+        d_gate.copy_(aten.silu_backward(d.mul_(up), gate))
         a.mul_(up)
     else:
         a = ACTIVATIONS[activation](h)
         dh.copy_(ACTIVATION_GRADS[activation](d, h))
-    dweight = torch.mul(da, a, out=d).sum(-1, dtype=torch.promote_types(da.dtype, torch.float32))
-    torch.mul(a, w, out=da)
-    return dweight
+    # The weight multiplies the row act(h), so that its gradient is the dot product with da.
+    wide = torch.promote_types(da.dtype, torch.float32)
+    d_weight = torch.mul(da, a, out=d).sum(-1, dtype=wide)
+    torch.mul(a, weight, out=da)
+    return d_weight
 
 
 @triton.jit
-def _gated_activation_backward_kernel(DA, H, WEIGHT, DH, DWEIGHT, P, N: tl.constexpr, ACT: tl.constexpr,
-                                      BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """BLOCK_R whole rows per program, BLOCK_C columns at a time: dweight's row sum stays in registers and
-    has one writer. A goes over DA, each element after its own read.
-    Traffic: 6Pn elements with swiglu, else 4Pn."""
+def _gated_activation_backward_kernel(DA, H, WEIGHT, DH, DWEIGHT, P, W: tl.constexpr,
+                                      ACT: tl.constexpr, BLOCK_R: tl.constexpr,
+                                      BLOCK_C: tl.constexpr):
+    """BLOCK_R whole rows per program, BLOCK_C columns at a time: the row sum of DWEIGHT stays in
+    registers and has one writer. The activation is written over DA, each element after its own
+    read.
+    Traffic: 6Pw elements with swiglu, else 4Pw.
+    Limits: offsets are 64-bit; at most 2^31 - 1 blocks of rows."""
+    GATED: tl.constexpr = ACT == "swiglu"
+    H_WIDTH: tl.constexpr = 2 * W if GATED else W
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    weight = tl.load(WEIGHT + row, mask=row < P, other=0.0).to(tl.float32)[:, None]
-    WIDTH: tl.constexpr = 2 * N if ACT == "swiglu" else N
-    products = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)  # summed over the columns once, after the loop
-    for start in tl.range(0, N, BLOCK_C):
+    live = row < P
+    weight = tl.load(WEIGHT + row, mask=live, other=0.0).to(tl.float32)[:, None]
+    # da * act(h), summed over the columns once, after the loop               (BLOCK_R, BLOCK_C)
+    products = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for start in tl.range(0, W, BLOCK_C):
         col = start + tl.arange(0, BLOCK_C)
-        mask = (row < P)[:, None] & (col < N)[None, :]
-        at, a = row[:, None] * WIDTH + col, DA + row[:, None] * N + col
-        h, dh = H + at, DH + at
+        mask = live[:, None] & (col < W)[None, :]
+        at = row[:, None] * H_WIDTH + col
+        a = DA + row[:, None] * W + col
+        h = H + at
+        dh = DH + at
+        # The activation and its slope again, from the saved pre-activation
         da = tl.load(a, mask=mask, other=0.0).to(tl.float32)
-        value, slope = activate(tl.load(h, mask=mask, other=0.0).to(tl.float32), ACT)
-        if ACT == "swiglu":
-            up = tl.load(h + N, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dh + N, (da * weight * value).to(DH.dtype.element_ty), mask=mask)
-            value, slope = value * up, slope * up
+        pre = tl.load(h, mask=mask, other=0.0).to(tl.float32)
+        value, slope = activate(pre, "silu" if GATED else ACT)
+        if GATED:
+            # a = weight silu(gate) up: the gradient of up here, and `up` into value and slope
+            up = tl.load(h + W, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dh + W, (da * weight * value).to(DH.dtype.element_ty), mask=mask)
+            value = value * up
+            slope = slope * up
         products += da * value
         tl.store(dh, (da * weight * slope).to(DH.dtype.element_ty), mask=mask)
         tl.store(a, (value * weight).to(DA.dtype.element_ty), mask=mask)
-    tl.store(DWEIGHT + row, tl.sum(products, 1), mask=row < P)
+    tl.store(DWEIGHT + row, tl.sum(products, 1), mask=live)
 
 
 def gated_activation_backward(da, h, weight, activation, kernel=None):
-    """One pass over da (P, n) and h -> dh (like h), dweight (P,) float32, and a (P, n), the activation
-    again, for the weight gradient of the down projection. `da` is consumed: a takes its memory."""
+    """One pass over da (P, w) and h -> dh (like h), d_weight (P,) float32, and a (P, w), the
+    activation again, for the weight gradient of the second matrix. `da` is consumed: a takes its
+    memory."""
     if not choose(kernel, da, h, weight):
         return gated_activation_backward_torch(da, h, weight, activation)
     da, h, weight = contiguous(da, h, weight)
-    dh, dweight = torch.empty_like(h), torch.empty_like(weight, dtype=torch.float32)
-    if len(da):
-        block = min(256, power_of_2(da.shape[1]))
-        _gated_activation_backward_kernel[(ceil_div(len(da), 8),)](
-            da, h, weight, dh, dweight, *da.shape, activation, 8, block, num_warps=4)
-    return dh, dweight, da
+    P, w = da.shape
+    dh = torch.empty_like(h)
+    d_weight = torch.empty_like(weight, dtype=torch.float32)
+    if P:
+        block_columns = min(256, power_of_2(w))
+        _gated_activation_backward_kernel[(ceil_div(P, 8),)](
+            da, h, weight, dh, d_weight, P, w, activation, 8, block_columns, num_warps=4)
+    return dh, d_weight, da
 
 
 # ---- the whole path: products grouped by expert ----
 
 
 class GroupedExperts(torch.autograd.Function):
-    """y = sum over pairs of p W2 act(W1 x), pairs sorted by expert, products grouped by expert.
+    """y = sum over a token's pairs of weight W_out act(W_in x), products grouped by expert.
 
-    Saves x, the pre-activation, the gates and the order; the gathered rows and the activation are made again
-    in backward. Written as a Function because autograd would also keep both of them and the activation's
-    parts: 3.6 times the memory (T2048 d256 n128 E32 k4, see lab/bench.py moe). With `fused`, the Triton
-    kernels move the rows and apply the activation; without, no Triton is involved.
+    x (N, d), w_in (E, w or 2w, d), w_out (E, d, w), weight (P,) float32, order and token (P,),
+    offsets (E,) int32 the ends of the groups -> y (N, d). weight, order and token are in expert
+    order. k is 0 where tokens differ in their number of experts.
+
+    Saves x, the pre-activation, the weights and the order; backward gathers the rows and applies
+    the activation again. Autograd would also keep both of them and the parts of the activation: 3.6
+    times the memory (N 2048, d 256, w 128, E 32, k 4; see lab/bench.py moe). With `fused` the
+    Triton kernels move the rows and apply the activation. Without, no Triton is involved.
     """
 
     @staticmethod
-    def forward(ctx, x, w_in, w_out, gate, order, token, offsets, k, activation, fused):
-        # The gathered rows, (P, d), have no name, so that they are gone when the next are made; so below.
-        h = F.grouped_mm(gather(x, order, token, k, fused), w_in.transpose(1, 2), offs=offsets)  # (P, (2)n)
-        a = gated_activation(h, gate, activation, kernel(fused))                           # (P, n), weighted
-        y = combine(F.grouped_mm(a, w_out.transpose(1, 2), offs=offsets), x.shape[0], order, token, k, fused)
-        ctx.save_for_backward(x, w_in, w_out, gate, order, token, offsets, h)
-        ctx.k, ctx.activation, ctx.fused = k, activation, fused
+    def forward(ctx, x, w_in, w_out, weight, order, token, offsets, k, activation, fused):
+        kernel = fused and use_triton(x)
+        # 1. Gather the rows and multiply by the first matrices -> h (P, w or 2w). The gathered rows
+        #    (P, d) get no name, so that Python frees them when the product is done. The
+        #    outputs of the experts in step 3 have none either.
+        h = F.grouped_mm(gather(x, order, token, k, fused), w_in.transpose(1, 2), offs=offsets)
+        # 2. Activate and weight: h (P, w or 2w) -> a (P, w).
+        a = gated_activation(h, weight, activation, kernel)
+        # 3. Multiply by the second matrices and bring the outputs home: (P, d) -> (N, d).
+        y = combine(F.grouped_mm(a, w_out.transpose(1, 2), offs=offsets), x.shape[0], order, token,
+                    k, fused)
+        ctx.save_for_backward(x, w_in, w_out, weight, order, token, offsets, h)
+        ctx.k = k
+        ctx.activation = activation
+        ctx.fused = fused
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w_in, w_out, gate, order, token, offsets, h = ctx.saved_tensors
+        x, w_in, w_out, weight, order, token, offsets, h = ctx.saved_tensors
         k, fused = ctx.k, ctx.fused
         dy = dy.contiguous()
-        d_rows = gather(dy, order, token, k, fused)                                        # (P, d)
-        da = F.grouped_mm(d_rows, w_out, offs=offsets)                                     # (P, n)
-        dh, d_gate, a = gated_activation_backward(da, h, gate, ctx.activation, kernel(fused))
-        d_w_out = F.grouped_mm(d_rows.T, a, offs=offsets)                                  # (E, d, n)
+        kernel = fused and use_triton(dy)
+        # 3. backwards: each pair gets its token's gradient.
+        d_rows = gather(dy, order, token, k, fused)                                     # (P, d)
+        da = F.grouped_mm(d_rows, w_out, offs=offsets)                                  # (P, w)
+        # 2. backwards, which also makes the activation again, in the memory of da.
+        dh, d_weight, a = gated_activation_backward(da, h, weight, ctx.activation, kernel)
+        d_w_out = F.grouped_mm(d_rows.T, a, offs=offsets)                               # (E, d, w)
+        # Free three (P, .) tensors before the rows of x are gathered again.
         del d_rows, da, a
-        d_w_in = F.grouped_mm(dh.T, gather(x, order, token, k, fused), offs=offsets)       # (E, n or 2n, d)
+        # 1. backwards.
+        d_w_in = F.grouped_mm(dh.T, gather(x, order, token, k, fused), offs=offsets)
         dx = combine(F.grouped_mm(dh, w_in, offs=offsets), x.shape[0], order, token, k, fused)
-        return dx, d_w_in, d_w_out, d_gate, None, None, None, None, None, None
+        return dx, d_w_in, d_w_out, d_weight, None, None, None, None, None, None
 
 
 class ExpertByExpert(torch.autograd.Function):
-    """GroupedExperts for a CPU, where F.grouped_mm is a loop of products anyway: with the loop out here, the
-    rows of one expert are gathered, transformed and added home while they are in cache, and no (P, d) tensor
-    is ever allocated. Saves the same tensors. Reads the offsets, which costs nothing on a CPU. For float32
-    and experts with much to do: see pays_by_expert.
+    """GroupedExperts for a CPU, where F.grouped_mm is a loop of products. Here the loop is outside:
+    the rows of one expert are gathered, transformed and added home while they are in cache, and no
+    (P, d) tensor is ever allocated.
+
+    Arguments, result and saved tensors are those of GroupedExperts. Reads the offsets on the host,
+    which costs nothing on a CPU. For float32 and experts with much to do: see moe.pays_by_expert.
     """
 
     @staticmethod
-    def forward(ctx, x, w_in, w_out, gate, order, token, offsets, k, activation, fused):
-        y, h = torch.zeros_like(x), x.new_empty(token.numel(), w_in.shape[1])
+    def forward(ctx, x, w_in, w_out, weight, order, token, offsets, k, activation, fused):
+        y = torch.zeros_like(x)
+        h = x.new_empty(token.numel(), w_in.shape[1])                                 # (P, w or 2w)
         for e, rows in enumerate(groups(offsets)):
-            torch.mm(x.index_select(0, token[rows]), w_in[e].T, out=h[rows])               # (rows, n or 2n)
-            a = gated_activation(h[rows], gate[rows], activation, kernel=False)
+            # The rows of expert e, its first matrix, the activation, its second matrix, and home
+            torch.mm(x.index_select(0, token[rows]), w_in[e].T, out=h[rows])
+            a = gated_activation(h[rows], weight[rows], activation, kernel=False)
             y.index_add_(0, token[rows], a @ w_out[e].T)
-        ctx.save_for_backward(x, w_in, w_out, gate, token, offsets, h)
+        ctx.save_for_backward(x, w_in, w_out, weight, token, offsets, h)
         ctx.activation = activation
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w_in, w_out, gate, token, offsets, h = ctx.saved_tensors
-        dx, d_w_in, d_w_out, d_gate = torch.zeros_like(x), *map(torch.empty_like, (w_in, w_out, gate))
+        x, w_in, w_out, weight, token, offsets, h = ctx.saved_tensors
+        dx = torch.zeros_like(x)
+        d_w_in = torch.empty_like(w_in)
+        d_w_out = torch.empty_like(w_out)
+        d_weight = torch.empty_like(weight)
         for e, rows in enumerate(groups(offsets)):
-            d_rows = dy.index_select(0, token[rows])
-            dh, d_gate[rows], a = gated_activation_backward(d_rows @ w_out[e], h[rows], gate[rows],
-                                                            ctx.activation, kernel=False)
-            torch.mm(d_rows.T, a, out=d_w_out[e])                                          # zeros for no rows
+            d_rows = dy.index_select(0, token[rows])                                    # (rows, d)
+            dh, d_weight[rows], a = gated_activation_backward(
+                d_rows @ w_out[e], h[rows], weight[rows], ctx.activation, kernel=False)
+            # An expert without rows gets zeros: a product over no rows.
+            torch.mm(d_rows.T, a, out=d_w_out[e])
             torch.mm(dh.T, x.index_select(0, token[rows]), out=d_w_in[e])
             dx.index_add_(0, token[rows], dh @ w_in[e])
-        return dx, d_w_in, d_w_out, d_gate, None, None, None, None, None, None
+        return dx, d_w_in, d_w_out, d_weight, None, None, None, None, None, None
 
 
 def groups(offsets):
@@ -286,21 +352,43 @@ def groups(offsets):
     return [slice(start, end) for start, end in zip([0] + ends, ends)]
 
 
-def kernel(fused):
-    """Argument of the functions of kernels.py: their own rule, or never."""
-    return None if fused else False
-
-
 def gather(x, order, token, k, fused):
-    """Rows of x (N, d) in expert order, (P, d). The kernels need the same k for every token, which expert
-    choice (k = 0) does not have."""
-    return permute(x, order, k) if fused and k else x.index_select(0, token)
+    """Rows of x (N, d) in expert order, (P, d)."""
+    # The kernel needs the same k for every token. Expert choice has none and passes k = 0.
+    if fused and k:
+        return permute(x, order, k)
+    return x.index_select(0, token)
 
 
 def combine(rows, n_token, order, token, k, fused):
-    """Sum of each token's rows, (P, d) in expert order -> (N, d)."""
+    """Sum of each token's rows: (P, d) in expert order -> (N, d)."""
     if fused and k:
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        position = torch.arange(order.numel(), device=order.device)
+        inverse = torch.empty_like(order).scatter_(0, order, position)                  # (P,)
         return unpermute(rows, inverse, k)
     # Not index_add_: torch 2.11's compiler loses the gradient of a Function that returns it.
     return rows.new_zeros(n_token, rows.shape[1]).index_add(0, token, rows)
+
+
+def pick_function(x, token, experts, fused):
+    """ExpertByExpert where that is the faster one (python -m lab.bench moe), else GroupedExperts: eager float32 on a CPU, and more than
+    2^25 multiplications in an expert's first product. Below, its dozen calls for each expert cost more than
+    they save."""
+    if fused or x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return GroupedExperts
+    E, rows, d = experts.w_in.shape
+    return ExpertByExpert if token.numel() * rows * d > E * 2 ** 25 else GroupedExperts
+
+
+def grouped_refusal(experts, dtype):
+    """Why the grouped paths cannot run these experts in `dtype`, or an empty text: rows must be multiples of
+    16 bytes, and the activation's gradient must be known."""
+    per_row = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 4}.get(dtype)
+    d, width = experts.w_out.shape[1:]
+    if per_row is None:
+        return f"F.grouped_mm has no {dtype}"
+    if d % per_row or width % per_row:
+        return f"widths n_embd = {d} and expert {width} must be multiples of {per_row} in {str(dtype)[6:]}"
+    if experts.activation not in ("swiglu", *ACTIVATION_GRADS):
+        return f"kernels/common.py has no gradient of {experts.activation}"
+    return ""

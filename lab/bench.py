@@ -1,10 +1,12 @@
-"""Speed and memory beside the naive twins and the physical floor: `python -m lab.bench moe|model|peer`.
+"""Speed and memory beside the naive twins and the physical floor: `python -m lab.bench
+moe|model|peer`.
 
-    moe     one mixture-of-experts layer, by every dispatch path, beside the dense layer of equal active FLOPs
+    moe     one mixture-of-experts layer by every dispatch path, beside the dense one of equal FLOPs
     model   a training step of whole models of equal active FLOPs (this file)
     peer    a PEER layer: its experts by every path, its retrieval, and the whole
 
-What each number means is in lab/measure.py; what is compared stands above each bench's tables.
+What each number means is in lab/timing/measure.py; what is compared stands above each bench's
+tables.
 """
 import json
 import sys
@@ -13,22 +15,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from runtime.checkpoint import CheckpointError, write_text
-from runtime.config import ConfigError, Parser, fail, load_config, parse
+from lab.timing.measure import INPUTS, Contestant, ceiling_rows, find_machine, measure, print_table
 from lab.timing.moe import MOE_SHAPES, bench_moe
 from lab.timing.peer import PEER_SHAPES, bench_peer
-from lab.timing.measure import INPUTS, Arm, BenchError, ceiling_rows, find_machine, measure, print_table
-from model import GPT
-from train import build_optimizer, precision
+from model import GPT, load_config
+from runtime.checkpoint import write_text
+from runtime.config import Ending, Parser, parse
+from runtime.device import precision
+from settings import ConfigError
+from train import build_optimizer
 
 # ---- model: a training step ----
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GPT_124M = {"model.n_layer": 12, "model.n_head": 12, "model.n_embd": 768, "model.block_size": 1024,
-            "model.vocab_size": 50304, "model.loss_chunks": 8, "train.batch_size": 64, "ffn.d_ff": 2048}
+            "model.vocab_size": 50304, "model.loss_chunks": 8, "train.batch_size": 64,
+            "ffn.d_ff": 2048}
 E2_M4 = {"ffn.n_expert": 8, "ffn.top_k": 2, "ffn.d_expert": 1024}
 E2_M5 = {"ffn.n_expert": 64, "ffn.top_k": 7, "ffn.d_expert": 256, "ffn.n_shared": 1}
-E3 = {"ffn.kind": "peer", "ffn.n_keys": 1024, "ffn.peer_heads": 8, "ffn.peer_top_k": 16, "ffn.d_key": 128}
+E3 = {"ffn.kind": "peer", "ffn.n_keys": 1024, "ffn.peer_heads": 8, "ffn.peer_top_k": 16,
+      "ffn.d_key": 128}
 
 
 def model_config(path=None, **settings):
@@ -38,24 +44,28 @@ def model_config(path=None, **settings):
 
 
 def model_sets(device):
-    """{title: {arm: Config}}: each time a dense model (E1) and another of equal active FLOPs, or, with PEER,
-    one whose other layers are the same."""
+    """{title: {name: Config}}: each time a dense model (E1) and another of equal active FLOPs, or,
+    with PEER, one whose other layers are the same."""
     if device == "cpu":
         arms = {"dense": CONFIGS / "dense.toml", "moe E8 k2": CONFIGS / "quick.toml"}
         return {f"quick.toml {size}": {name: model_config(path, **{"train.batch_size": size})
                                        for name, path in arms.items()} for size in (12, 32)}
     dense = model_config(**GPT_124M, **{"ffn.kind": "dense"})
-    arms = {"E2 (M4)": ("moe E8 k2", E2_M4), "E2 (M5)": ("moe E64 k7+1", E2_M5), "E3": ("peer N1024^2", E3)}
+    arms = {"E2 (M4)": ("moe E8 k2", E2_M4), "E2 (M5)": ("moe E64 k7+1", E2_M5),
+            "E3": ("peer N1024^2", E3)}
     return {title: {"dense": dense, name: model_config(**GPT_124M, **own)}
             for title, (name, own) in arms.items()}
 
 
 def training_step(machine, config, dtype):
-    """An Arm: forward, backward, clipping and AdamW as in train.py, on random tokens; compiled on CUDA."""
+    """A Contestant: forward, backward, clipping and AdamW as in train.py, on random tokens;
+    compiled on CUDA."""
     torch.manual_seed(0)
     device, t = torch.device(machine.device), config.train
     model = GPT(config).to(device)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if device.type == "cuda" else model
+    forward = model
+    if device.type == "cuda":
+        forward = torch.compile(model, dynamic=False, fullgraph=True)
     optimizer = build_optimizer(model, t, device)
     shape = t.batch_size, config.model.block_size + 1
     batches = [torch.randint(config.model.vocab_size, shape, device=device) for _ in range(INPUTS)]
@@ -67,26 +77,29 @@ def training_step(machine, config, dtype):
         (out.loss + out.aux_loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), t.grad_clip)
         optimizer.step()
-        optimizer.zero_grad()                   # last, so that the peak of a step counts its gradients
+        # last, so that the peak of a step counts its gradients
+        optimizer.zero_grad()
 
     flops = 3 * t.batch_size * config.model.block_size * model.flops_per_token()
-    return Arm(step, flops, machine.compute_ms(flops, dtype))
+    return Contestant(step, flops, machine.compute_ms(flops, dtype))
 
 
 def bench_model(machine, sets):
-    """Yields the rows of one table at a time: ms of a training step; peak memory beyond parameters and
-    AdamW's moments."""
-    print("A training step (forward, backward, clipping, AdamW) of whole models, beside the dense one of\n"
-          "equal active FLOPs; bfloat16 is autocast over float32 parameters.")
+    """Yields the rows of one table at a time: ms of a training step; peak memory beyond parameters
+    and AdamW's moments."""
+    print("A training step (forward, backward, clipping, AdamW) of whole models, beside the dense "
+          "one of\nequal active FLOPs; bfloat16 is autocast over float32 parameters.")
     for title, configs in sets.items():
         m, t = configs["dense"].model, configs["dense"].train
         shape = f"{title} B{t.batch_size} T{m.block_size} L{m.n_layer} d{m.n_embd} V{m.vocab_size}"
         tokens = 1e3 * t.batch_size * m.block_size
         speed = "tokens/s", lambda row: f"{tokens / row['ms']:,.0f}" if row["ms"] else "-"
-        for dtype in (torch.float32, torch.bfloat16) if machine.device == "cpu" else (torch.bfloat16,):
-            arms = {name: training_step(machine, config, dtype) for name, config in configs.items()}
-            yield print_table(measure(machine, "model", shape, dtype, "fwd+bwd", arms), speed)
-            arms.clear()                            # before the next models are made
+        for dtype in (torch.float32,
+                      torch.bfloat16) if machine.device == "cpu" else (torch.bfloat16,):
+            steps = {name: training_step(machine, config, dtype)
+                     for name, config in configs.items()}
+            yield print_table(measure(machine, "model", shape, dtype, "fwd+bwd", steps), speed)
+            steps.clear()                           # before the next models are made
 
 
 # ---- the program ----
@@ -96,7 +109,8 @@ ROUNDS = {("cpu", "quick"): (1, 3), ("cpu", "full"): (2, 9),                   #
 
 
 def build_parser():
-    parser = Parser(prog="python -m lab.bench", allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m lab.bench", allow_abbrev=False,
+                    description=__doc__.split("\n")[0])
     parser.add_argument("bench", choices=["moe", "model", "peer"],
                         help="one MoE layer, whole models, or a PEER layer")
     parser.add_argument("--device", choices=["cpu", "cuda"],
@@ -109,13 +123,16 @@ def build_parser():
 
 
 def run(options):
-    """Yields the rows of one call of the program, table by table, the ceilings first; prints them."""
+    """Yields the rows of one call of the program, table by table, the ceilings first; prints
+    them."""
     device, n = options.device, 2 if options.shapes == "quick" else None
     size = dict(size=8192, copy_mib=2048) if device == "cuda" else {}
     machine = find_machine(device, *ROUNDS[device, options.shapes], **size)
-    products = ", ".join(f"{flops / 1e12:.3g} in {str(dtype)[6:]}" for dtype, flops in machine.matmul.items())
+    products = ", ".join(f"{flops / 1e12:.3g} in {str(dtype)[6:]}"
+                         for dtype, flops in machine.matmul.items())
     print(f"{machine.name()}; median of {machine.repeats} interleaved rounds\n"
           f"ceilings: matrix product {products} TFLOP/s; copy {machine.copy / 1e9:.3g} GB/s\n")
+    # Then the tables of the bench.
     if options.bench == "moe":
         tables = bench_moe(machine, MOE_SHAPES[device][:n])
     elif options.bench == "model":
@@ -127,14 +144,14 @@ def run(options):
 
 
 def keep(rows, path):
-    """Writes the rows as JSON, a row per line; atomically, so that a stop leaves the tables before it.
-    Raises CheckpointError."""
+    """Writes the rows as JSON, a row per line; atomically, so that a stop leaves the tables before
+    it. Raises CheckpointError."""
     write_text(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def main(argv=None):
     """Returns the exit status: 0 done, 1 a path is wrong, 2 a mistake in what was asked for."""
-    try:
+    with Ending() as end:
         options, _ = parse(build_parser(), argv)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
@@ -145,12 +162,7 @@ def main(argv=None):
             rows += table
             if options.json:
                 keep(rows, options.json)
-    except (ConfigError, KeyboardInterrupt) as e:
-        return fail(e)
-    except (BenchError, CheckpointError) as e:
-        fail(e)
-        return 1
-    return 0
+    return end.status
 
 
 if __name__ == "__main__":

@@ -1,38 +1,37 @@
 """A paper's experiment: its runs, a table, a figure and a verdict.
 
-    python -m lab.experiment configs/papers/NAME.toml [--size cpu|gpu] [--seeds 3] [--only ARM ...] [--jobs N]
-                             [--out results/NAME] [--list] [--replot]
+    python -m lab.experiment configs/papers/NAME.toml [--size cpu|gpu] [--seeds 3] [--only ARM ...]
+                             [--jobs N] [--out results/NAME] [--list] [--replot]
 
-Runs go to runs/NAME/SIZE/ARM-SEED; what is finished there is not run again, and a call that was stopped or
-killed goes on where it was. The results go to results/NAME/SIZE:
+Runs go to runs/NAME/SIZE/ARM-SEED. What is finished there, or stands in the results with the same
+settings, is not run again, and a call that was stopped or killed goes on where it was. The results
+go to results/NAME/SIZE:
 
     runs.csv        a row per arm and seed
     curves.csv      the runs' losses over training, thinned
     routing.csv     which corpus went to which expert, where there are few experts
     figure.png, verdict.md
 
-The format of the experiment files: lab/arms.py; how claims are judged: lab/verdict.py.
+The format of the experiment files: lab/papers/spec.py; how claims are judged:
+lab/papers/verdict.py; a table of all verdicts: python -m lab.papers.overview.
 """
 import argparse
-import csv
-import io
-import math
-import os
 import sys
 from pathlib import Path
 
-from runtime import checkpoint
-from runtime.config import ConfigError, Parser, fail, parse
-from data.binfile import DataError
+from lab.drawing.logs import CURVE
 from lab.papers.arms import expand, shown, with_ancestors
-from lab.drawing.curves import CURVE
 from lab.papers.expressions import Table, derive
-from lab.papers.figures import check_panels, experiment_figure
-from lab.papers.jobs import is_done, read_record
+from lab.papers.figure import check_panels, experiment_figure
+from lab.papers.jobs import is_done, is_trained, lacks_speed, read_record
 from lab.papers.page import verdict_page
 from lab.papers.runner import Runner, cores, prepare_corpora
 from lab.papers.spec import SIZES, read_experiment
+from lab.papers.tables import read_table, write_table
 from lab.papers.verdict import concerns, read_claims
+from runtime import checkpoint
+from runtime.config import Ending, Parser, parse
+from settings import ConfigError
 
 MEASURED = ["val_loss", "val_bpb", "active_params", "total_params", "flops_per_token", "tokens",
             "tokens_total", "tokens_per_second", "peak_mib", "max_expert_share", "min_expert_share",
@@ -45,8 +44,10 @@ class Experiment:
     """An experiment file at one size: its arms, and the tables of their results."""
 
     def __init__(self, path, size, seeds=None, out=None):
-        self.path, self.size, self.spec = path, size, read_experiment(path)
+        self.path, self.size = path, size
+        self.spec = read_experiment(path)
         self.seeds = range(seeds or self.spec.get("seeds", 3))
+        # Claims and panels may name arms of any size, so that both sizes are expanded.
         every = {s: expand(self.spec, path, s, self.seeds) for s in SIZES}
         self.arms = every[size]
         names = {arm.name for arms in every.values() for arm in arms}
@@ -57,17 +58,50 @@ class Experiment:
         self.out = Path(out or Path("results") / Path(path).stem) / size
         self.failed = {}
 
+    def recorded(self, arms):
+        """Those of the arms that have a row in runs.csv, measured with the settings of today. An
+        arm whose run folder holds the training but another evaluation, say on other corpora, is not
+        among them."""
+        keys = {(row["arm"], row["seed"]): row["key"] for row in read_table(self.out / "runs.csv")}
+        known = [arm for arm in arms if keys.get((arm.name, arm.seed)) == arm.key]
+        records = {arm.label: read_record(arm) for arm in known}
+        return [arm for arm in known
+                if is_done(arm, records[arm.label]) or not is_trained(arm, records[arm.label])]
+
+    def missing(self, arms):
+        """Those of the arms that must run: neither their run folder nor runs.csv has their result,
+        or such an arm comes from them and their run folder does not have their weights."""
+        recorded = {arm.label for arm in self.recorded(arms)}
+        needed, found = set(), []
+        for arm in reversed(arms):                      # children come after their parents
+            if is_done(arm, read_record(arm)) or arm.label in recorded - needed:
+                continue
+            found.append(arm)
+            needed |= {parent.label for parent in arm.parents}
+        return found[::-1]
+
+    def speed_seeds(self):
+        """Of how many seeds the speed is measured."""
+        return int(self.spec.get("speed", 0))
+
+    def nothing_to_run(self, arms):
+        """Whether the results hold all that a call could add to them."""
+        return (len(self.recorded(arms)) == len(arms) and not lacks_speed(arms, self.speed_seeds())
+                and (self.out / "verdict.md").exists())
+
     def collect(self):
-        """Writes runs.csv, curves.csv and routing.csv: the rows of finished runs; of the others the rows that
-        the files already hold, if they were measured with the same settings."""
+        """Writes runs.csv, curves.csv and routing.csv: the rows of finished runs; of the others the
+        rows that the files already hold, if they were measured with the same settings."""
+        # What the files hold already, by arm and seed.
         old = {(row["arm"], row["seed"]): row for row in read_table(self.out / "runs.csv")}
-        kept = {name: {} for name in ("curves", "routing")}
+        kept = {"curves": {}, "routing": {}}
         for name, groups in kept.items():
             for row in read_table(self.out / f"{name}.csv"):
                 groups.setdefault((row["arm"], row["seed"]), []).append(row)
         rows, curves, paths = [], [], []
         for arm in self.arms:
-            record, place = read_record(arm), (arm.name, arm.seed)
+            record = read_record(arm)
+            place = arm.name, arm.seed
             if is_done(arm, record):
                 rows.append(self.row(arm, record))
                 who = dict(arm=arm.name, seed=arm.seed)
@@ -77,8 +111,10 @@ class Experiment:
                           for e, share in enumerate(shares)]
             elif old.get(place, {}).get("key") == arm.key:
                 rows.append(old[place])
-                curves, paths = curves + kept["curves"].get(place, []), paths + kept["routing"].get(place, [])
-        for row in rows:                                # a parent may have run since, or another file's runs
+                curves += kept["curves"].get(place, [])
+                paths += kept["routing"].get(place, [])
+        # Columns that depend on other rows are computed anew.
+        for row in rows:
             row["tokens_total"] = self.tokens_total(row, rows)
         derive(self.spec.get("metrics", {}), rows, curves, self.path)
         write_table(self.out / "runs.csv", rows, self.columns(rows))
@@ -88,17 +124,21 @@ class Experiment:
 
     def row(self, arm, record):
         """The row of runs.csv of a finished arm."""
-        measured = {k: v for k, v in record["row"].items() if k not in ("routing", "step", "seconds")}
+        measured = {k: v for k, v in record["row"].items()
+                    if k not in ("routing", "step", "seconds")}
         if arm.make:
             measured["tokens"] = 0
         who = dict(arm=arm.name, seed=arm.seed, size=self.size) | arm.columns
         return who | measured | record.get("speed", {}) | dict(
-            seconds=record["seconds"], commit=record["commit"], threads=record.get("threads"), key=arm.key)
+            seconds=record["seconds"], commit=record["commit"], threads=record.get("threads"),
+            key=arm.key)
 
     def tokens_total(self, row, rows):
-        """Training tokens of an arm and of all that it comes from, each once; None if one is missing."""
+        """Training tokens of an arm and of all that it comes from, each once; None if one is
+        missing."""
         own = {(r["arm"], r["seed"]): r.get("tokens") or 0 for r in rows}
         arm = next(arm for arm in self.arms if (arm.name, arm.seed) == (row["arm"], row["seed"]))
+        # The tokens of the arm and of each ancestor, by name and seed, so that no one counts twice.
         family, more = {}, [arm]
         while more:
             one = more.pop()
@@ -107,7 +147,8 @@ class Experiment:
         return None if None in family.values() else sum(family.values())
 
     def columns(self, rows):
-        """Columns of runs.csv: who, the grid, what is always measured, the rest, where it was measured."""
+        """Columns of runs.csv: who, the grid, what is always measured, the rest, where it was
+        measured."""
         first = ["arm", "seed", "size", *dict.fromkeys(c for arm in self.arms for c in arm.columns)]
         found = list(dict.fromkeys(c for row in rows for c in row))
         corpora = [c for c in found if c.startswith("val_loss_")]
@@ -117,64 +158,39 @@ class Experiment:
     def draw(self):
         """Writes figure.png and verdict.md from the tables."""
         names = {arm.name for arm in self.arms}
-        rows, curves, paths = ([row for row in read_table(self.out / f"{table}.csv") if row["arm"] in names]
-                               for table in ("runs", "curves", "routing"))
+        rows, curves, paths = (
+            [row for row in read_table(self.out / f"{table}.csv") if row["arm"] in names]
+            for table in ("runs", "curves", "routing"))
         if not rows:
-            raise ConfigError(f"{self.out}/runs.csv: holds no finished run to draw; run the experiment first")
-        title, table = self.spec.get("title", Path(self.path).stem), Table(rows, curves)
-        here = {key: claim for key, claim in self.claims.items() if concerns(claim, self.size, names)}
-        page = verdict_page(f"{title} ({self.size})", self.spec, here, rows, table, self.arms, self.failed)
+            raise ConfigError(f"{self.out}/runs.csv: holds no finished run to draw; run the "
+                              "experiment first")
+        title = self.spec.get("title", Path(self.path).stem)
+        table = Table(rows, curves)
+        # The verdict.
+        here = {key: claim for key, claim in self.claims.items()
+                if concerns(claim, self.size, names)}
+        page = verdict_page(f"{title} ({self.size})", self.spec, here, rows, table, self.arms,
+                            self.failed)
         checkpoint.write_text(self.out / "verdict.md", page)
-        figure = experiment_figure(self.spec.get("panel", []), title, self.spec.get("caption", ""), rows,
+        # The figure.
+        figure = experiment_figure(self.spec.get("panel", []), title, self.spec.get("caption", ""),
+                                   rows,
                                    curves, paths)
         if figure:
             figure.savefig(self.out / "figure.part", format="png")
             (self.out / "figure.part").replace(self.out / "figure.png")
 
 
-# --- tables ---
-
-def read_table(path):
-    """Rows of a CSV file as dicts, numbers as numbers, empty cells left out; [] if there is no file."""
-    if not Path(path).exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{name: plain_value(name, text) for name, text in row.items() if text}
-                for row in csv.DictReader(file)]
-
-
-def plain_value(name, text):
-    if name in ("arm", "key", "commit", "torch", "device", "size"):     # a key may look like a number
-        return text
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return int(number) if number.is_integer() and abs(number) < 2**53 and "." not in text else number
-
-
-def write_table(path, rows, columns):
-    """Writes a CSV file atomically; floats to seven digits."""
-    def text(value):
-        if value is None or isinstance(value, float) and math.isnan(value):
-            return ""
-        return f"{value:.7g}" if isinstance(value, float) else value
-
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({c: text(row.get(c)) for c in columns} for row in rows)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(path, buffer.getvalue())
-
-
 # --- the program ---
 
 def list_arms(experiment):
     """Prints every arm's commands, and whether it is done."""
+    todo = {arm.label for arm in experiment.missing(experiment.arms)}
     for arm in experiment.arms:
-        state = "done" if is_done(arm, read_record(arm)) else "to do"
-        print(f"# {arm.label}: {state}\n{shown(arm.arguments())}\n{shown(arm.evaluate_arguments())}")
+        state = "to do" if arm.label in todo else "done"
+        print(f"# {arm.label}: {state}")
+        print(shown(arm.arguments()))
+        print(shown(arm.evaluate_arguments()))
 
 
 def run(experiment, options):
@@ -182,16 +198,22 @@ def run(experiment, options):
     arms = experiment.arms
     if options.only:
         arms = with_ancestors(arms, options.only, experiment.path)
-    jobs = options.jobs or experiment.spec.get(options.size, {}).get("jobs") or (
-        cores() if options.size == "cpu" else 1)
+    if experiment.nothing_to_run(arms):
+        if not options.quiet:
+            print(f"nothing to run: {experiment.out}/verdict.md")
+        return 0
+    default = cores() if options.size == "cpu" else 1
+    jobs = options.jobs or experiment.spec.get(options.size, {}).get("jobs") or default
     with checkpoint.Lock(arms[0].folder.parent):
-        for arm in arms:
+        # Folders and corpora for the arms that must run; then the arms, each collected as it ends.
+        todo = experiment.missing(arms)
+        for arm in todo:
             arm.folder.mkdir(parents=True, exist_ok=True)
-        prepare_corpora(arms, options.quiet)
-        with Runner(arms, jobs, experiment.collect, options.quiet) as runner:
+        prepare_corpora(todo, options.quiet)
+        with Runner(arms, todo, jobs, experiment.collect, options.quiet) as runner:
             complete = runner.run()
-            if complete and experiment.spec.get("speed"):
-                complete = runner.measure_speed(int(experiment.spec["speed"]))
+            if complete:
+                complete = runner.measure_speed(experiment.speed_seeds())
         experiment.failed = runner.failed
         experiment.collect()
     if runner.stopped:
@@ -209,22 +231,27 @@ def build_parser():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE.toml", help="an experiment: ls configs/papers")
     parser.add_argument("--size", choices=SIZES, default="cpu", help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: the file's)")
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms (* fits anything) and what "
+    parser.add_argument("--seeds", type=int, metavar="N",
+                        help="seeds 0 to N - 1 (default: the file's)")
+    parser.add_argument("--only", nargs="+", metavar="ARM",
+                        help="these arms (* fits anything) and what "
                         "they come from")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time, each on an equal part of "
+    parser.add_argument("--jobs", type=int, metavar="N",
+                        help="runs at a time, each on an equal part of "
                         "the cores (default: the file's; else cpu: one per core, gpu: 1)")
-    parser.add_argument("--out", metavar="DIR", help="results (default: results/NAME); the size is added")
+    parser.add_argument("--out", metavar="DIR",
+                        help="results (default: results/NAME); the size is added")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
-    parser.add_argument("--replot", action="store_true", help="figure and verdict again, from the tables")
+    parser.add_argument("--replot", action="store_true",
+                        help="figure and verdict again, from the tables")
     return parser
 
 
 def main(argv=None):
-    """The program; returns its exit status: 0 done, 1 an arm failed or it was stopped, 2 a mistake in what
-    was asked for."""
-    try:
+    """The program; returns its exit status: 0 done, 1 an arm failed or it was stopped, 2 a mistake
+    in what was asked for."""
+    with Ending() as end:
         options, _ = parse(build_parser(), argv)
         for name in ("seeds", "jobs"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -236,16 +263,8 @@ def main(argv=None):
             experiment.draw()
             print(f"{experiment.out}/verdict.md")
         else:
-            return run(experiment, options)
-    except (ConfigError, DataError, KeyboardInterrupt) as e:
-        return fail(e)
-    except checkpoint.CheckpointError as e:
-        fail(e)
-        return 1
-    except BrokenPipeError:                             # the reader of --list, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return 0
+            end.status = run(experiment, options)
+    return end.status
 
 
 if __name__ == "__main__":

@@ -22,12 +22,11 @@ from typing import NamedTuple
 
 import torch
 
-from runtime import parallel
-from runtime.config import Config, ConfigError, all_fields, load_config, resolve, show, validate
 from data.binfile import DataError, replacing
 from data.tokenizers import Tokenizer
-from model import GPT
-from settings import LifelongConfig
+from runtime import parallel
+from runtime.config import all_fields, from_tables, tell, to_toml
+from settings import ConfigError, LifelongConfig, show
 
 try:
     import fcntl
@@ -50,6 +49,7 @@ LAST, PREVIOUS, BEST = "ckpt_last.pt", "ckpt_prev.pt", "ckpt_best.pt"
 
 class CheckpointError(RuntimeError):
     """A run folder or checkpoint that cannot be used; the message names the file and the remedy."""
+    status = 1
 
 
 class Checkpoint(NamedTuple):
@@ -59,17 +59,12 @@ class Checkpoint(NamedTuple):
     optimizer: dict                     # "parameter name/state name" -> tensor; empty in ckpt_best
 
 
-def plain_names(state):
-    """Tensors by the names of the uncompiled model."""
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
-
-
 def save(path, header, model_state, optimizer_state=None):
     """Writes a checkpoint so that `path` holds the old one or the new one, never a part.
 
     Raises CheckpointError if the disk is full or the folder cannot be written; the old file then stays.
     """
-    parts = dict(model=plain_names(model_state), optimizer=optimizer_state or {})
+    parts = dict(model=model_state, optimizer=optimizer_state or {})
     content = dict(header=json.dumps(dict(header, format=FORMAT)), **parts)
     needed = sum(t.numel() * t.element_size() for part in parts.values() for t in part.values())
     with written(path, needed) as file:
@@ -117,14 +112,14 @@ def load(path, device="cpu"):
 
 def check_content(checkpoint):
     """Raises some exception unless all is there that is read later, and the settings are known here."""
-    Config.from_dict(checkpoint.header["config"])
+    from_tables(checkpoint.header["config"])
     Tokenizer.from_dict(checkpoint.header["tokenizer"])
     whole = isinstance(checkpoint.header["step"], int) and "ancestry" in checkpoint.header
     if not whole or not all(isinstance(t, torch.Tensor) for part in checkpoint[1:] for t in part.values()):
         raise ValueError("parts of it are missing")
 
 
-def load_last(folder, device="cpu", say=lambda text: print(text, file=sys.stderr)):
+def load_last(folder, device="cpu", say=tell):
     """The newest whole checkpoint of a run folder: ckpt_last, else the one before it, and says so."""
     try:
         return load(Path(folder) / LAST, device)
@@ -152,6 +147,38 @@ def save_last(folder, header, model_state, optimizer_state, keep_previous=True):
                               f"checkpoint is whole and lies in {fresh}") from None
 
 
+def header_of(trainer):
+    """What a training run's checkpoint says beside its tensors."""
+    return dict(step=trainer.done, tokens=trainer.tokens, seconds=trainer.seconds, val_loss=trainer.best,
+                data=trainer.batches.checksums, config=trainer.config.to_dict(),
+                tokenizer=trainer.tokenizer.to_dict(), ancestry=trainer.ancestry)
+
+
+def save_run(folder, trainer):
+    """Writes everything that is needed to go on exactly: ckpt_last.pt. Of several processes, one writes."""
+    model = parallel.gather(trainer.model.state_dict(keep_vars=True))
+    optimizer = parallel.gather(optimizer_tensors(trainer.model, trainer.optimizer))
+    if parallel.rank() == 0:
+        keep = trainer.config.train.keep == "all"
+        save_last(folder, header_of(trainer), model, optimizer, keep_previous=keep)
+
+
+def save_best(folder, trainer):
+    """Writes ckpt_best.pt: the weights alone."""
+    model = parallel.gather(trainer.model.state_dict(keep_vars=True))
+    if parallel.rank() == 0:
+        save(Path(folder) / BEST, header_of(trainer), model)
+
+
+def restore(trainer, saved):
+    """Takes up a training run's Checkpoint where it stopped."""
+    check_text(saved, trainer.batches.checksums, trainer.config)
+    load_weights(trainer.model, parallel.spread(saved.model, trainer.model), "the checkpoint")
+    load_optimizer(trainer.model, trainer.optimizer, parallel.spread(saved.optimizer, trainer.model))
+    trainer.done, trainer.seconds = saved.header["step"], saved.header["seconds"]
+    trainer.best, trainer.ancestry = saved.header["val_loss"], saved.header["ancestry"]
+
+
 def optimizer_tensors(model, optimizer):
     """State of the optimizer by parameter name: {"blocks.0.attention.out.weight/exp_avg": tensor, ...}."""
     names = {p: n for n, p in model.named_parameters()}
@@ -173,6 +200,18 @@ def check_text(saved, checksums, config):
     if saved.header.get("data", checksums) != checksums:
         config.fail("data.name", "holds other text than when this run was started; prepare that again, or "
                     "start a new run from these weights with train.init_from")
+
+
+def check_vocabulary(config, tokenizer, origin):
+    """Sets model.vocab_size from the tokenizer; raises ConfigError where model, checkpoint and data do not
+    fit."""
+    if origin and origin.header["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        raise ConfigError(f"data.name = {show(config.data.name)} was prepared with another tokenizer "
+                          f"({tokenizer.name}) than the checkpoint was trained with; set data.tokenizer to "
+                          "that one")
+    if config.model.vocab_size and config.model.vocab_size < tokenizer.vocab_size:
+        config.fail("model.vocab_size", f"is less than the {tokenizer.vocab_size} tokens of the tokenizer")
+    config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
 
 
 def load_weights(model, state, where):
@@ -211,18 +250,6 @@ def load_plain(folder, device="cpu", which="best"):
     checkpoint = load(best, device) if which == "best" and best.exists() else load_last(folder, device)
     alpha = checkpoint.header["config"].get("lifelong", {}).get("lora_alpha", 0.0)
     return checkpoint._replace(model=fold_adapters(checkpoint.model, alpha))
-
-
-def load_model(folder, device="cpu", which="best"):
-    """(model in evaluation mode, Config, Tokenizer, header) of a run folder.
-
-    which: as for load_plain. Raises CheckpointError.
-    """
-    checkpoint = load_plain(folder, device, which)
-    config = resolve(Config.from_dict(checkpoint.header["config"], str(folder)))
-    model = GPT(config).to(device)
-    load_weights(model, checkpoint.model, folder)
-    return model.eval(), config, Tokenizer.from_dict(checkpoint.header["tokenizer"]), checkpoint.header
 
 
 class Lock:
@@ -270,15 +297,15 @@ def clear_run(folder):
         (Path(folder) / f".{name}.tmp").unlink(missing_ok=True)         # left by a process that was killed
 
 
-def claim(out, overwrite, sources=()):
-    """Empties a run folder for a new run; call it within its Lock. Raises ConfigError if it holds a run that
-    may not be replaced, or that the new one is made from (`sources`: run folders, or empty texts)."""
+def check_free(out, overwrite, sources=()):
+    """Raises ConfigError if a run folder holds a run that a new one may not replace, or that the new one is
+    made from (`sources`: run folders, or empty texts). Call it within the folder's Lock; clear_run comes
+    later, in the moment before the first file of the new run is written."""
     if any(source and Path(source).resolve() == Path(out).resolve() for source in sources):
         raise ConfigError(f"{out} is what the new run is made from; choose another folder with --out")
     if has_run(out) and not overwrite:
         raise ConfigError(f"{out} already holds a run: `python train.py --out {out} --resume` goes on with "
                           "it, --overwrite replaces it, --out DIR takes another folder")
-    clear_run(out)
 
 
 def save_made(out, config, state, tokenizer, ancestry):
@@ -287,13 +314,13 @@ def save_made(out, config, state, tokenizer, ancestry):
 
     config: resolved, of the made model; how its parents came to be (train.init_from, [lifelong]) is left out
     of what is written. state: tensors by plain names. ancestry: dict(kind, run, parents, ...). Call it within
-    Lock(out), after claim().
+    Lock(out), after check_free() and clear_run().
     """
-    config = Config.from_dict(config.to_dict())
+    config = from_tables(config.to_dict())
     config.train.init_from, config.lifelong = "", LifelongConfig()
     header = dict(step=0, tokens=0, seconds=0.0, val_loss=math.inf, config=config.to_dict(),
                   tokenizer=tokenizer.to_dict(), ancestry=ancestry)
-    write_text(Path(out) / "config.toml", config.to_toml())
+    write_text(Path(out) / "config.toml", to_toml(config))
     save(Path(out) / BEST, header, state)
     save(Path(out) / LAST, header, state)
 
@@ -302,6 +329,11 @@ def write_text(path, text):
     """Writes a small text file atomically. Raises CheckpointError."""
     with written(path) as file:
         file.write(text.encode())
+
+
+def tokenizer_of(saved):
+    """The Tokenizer that a Checkpoint's model reads with."""
+    return Tokenizer.from_dict(saved.header["tokenizer"])
 
 
 def carry_tokenizer(config, tokenizer, out):
@@ -320,43 +352,36 @@ def sign(ancestry, folder, table):
     ancestry.setdefault("start", hashlib.sha256(numbers.tobytes()).hexdigest()[:12])
 
 
-def load_init(config, out):
-    """The Checkpoint of train.init_from; takes [model] and [ffn] from it into the config. Raises ConfigError
-    for a setting in the config file or on the command line that says otherwise: it would not be the same
-    model."""
-    folder = Path(config.train.init_from)
-    origin = load_plain(folder)
-    theirs = Config.from_dict(origin.header["config"], str(folder))
+def adopt(config, origin, folder):
+    """Takes [model] and [ffn] into a config from the Checkpoint `origin` that its run starts from. Raises
+    ConfigError for a setting in the config file or on the command line that says otherwise: it would not be
+    the same model."""
+    theirs = from_tables(origin.header["config"], str(folder))
     for key, spec in all_fields():
         section, name = key.split(".")
-        mine, its = getattr(getattr(config, section), name), getattr(getattr(theirs, section), name)
+        mine, its = config.get(key), theirs.get(key)
         if section not in ("model", "ffn") or key in RETRAINABLE and key in config.sources:
             continue
         if key in config.sources and mine != its:
             config.fail(key, f"but {folder} has {show(its)}; leave it out, the model comes from there")
         setattr(getattr(config, section), name, its)
-    if "data.tokenizer" not in config.sources:          # read the text as the model learned to
-        carry_tokenizer(config, Tokenizer.from_dict(origin.header["tokenizer"]), out)
-    validate(config)                                    # which load_config left to us: now the model is known
-    return origin
 
 
-def resume_config(folder, saved, path, overrides, say):
-    """Config to go on with: that of the Checkpoint `saved`, with what is said otherwise in a config file (by
-    default the folder's own) or on the command line, as long as that leaves it the same run; each change is
-    printed.
+def resume_config(folder, saved, changed):
+    """Config to go on with: that of the Checkpoint `saved`, with what the Config `changed` (the folder's
+    config.toml or another file, and the command line) says otherwise, as long as that leaves it the same run;
+    each change is printed.
 
     Raises ConfigError for a change that would make it another run.
     """
-    config = Config.from_dict(saved.header["config"], f"{folder}/{LAST}")
-    changed = load_config(path or folder / "config.toml", overrides)
+    config = from_tables(saved.header["config"], f"{folder}/{LAST}")
     for key in changed.sources:
         section, name = key.split(".")
-        old, new = getattr(getattr(config, section), name), getattr(getattr(changed, section), name)
+        old, new = config.get(key), changed.get(key)
         if old == new or new == "auto":
             continue
         if key not in CHANGEABLE:
             changed.fail(key, f"but this run was started with {show(old)}; start a new run with --out")
-        say(f"resume: {key} = {show(new)} (was {show(old)})")
+        tell(f"resume: {key} = {show(new)} (was {show(old)})", sys.stdout)
         setattr(getattr(config, section), name, new)
-    return validate(config)
+    return config

@@ -16,15 +16,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
-from settings import DIFFERS, ROUTERS
 
-
-PATIENCE = datetime.timedelta(hours=2)          # so long may rank 0 prepare data while the others wait
-AVERAGED = "aux_loss", "balance_loss", "z_loss", "dropped", "entropy"           # of Stats; loads are summed
+PATIENCE = datetime.timedelta(hours=2)          # how long the others wait while rank 0 prepares data
 
 
 class Lost(RuntimeError):
     """Another process of this run is gone."""
+    status = 1
 
 
 def world():
@@ -82,16 +80,6 @@ def sharded(config):
     return world() > 1 and config.train.parallel == "fsdp"
 
 
-def differences(config):
-    """What makes this config train differently with several processes: list of texts."""
-    f, moe = config.ffn, config.ffn.kind == "moe"
-    router = moe and DIFFERS in ROUTERS[f.router] and (f.router != "switch" or f.jitter > 0)
-    capacity = moe and f.capacity_factor + f.eval_capacity_factor > 0
-    return ([f"ffn.router {f.router} draws noise or looks across the batch, in each process alone"] * router
-            + ["each process has its own capacity slots"] * capacity
-            + ["each process draws its own dropout"] * bool(config.model.dropout))
-
-
 # ---- statistics of the whole batch
 
 
@@ -123,15 +111,19 @@ def global_mean(x):
     return GlobalSum.apply(x) / world() if sums() else x
 
 
-def over_processes(loss, aux_loss, layers):
-    """(loss, aux_loss, [Stats]) of a step over all ranks: loads are summed, the rest is averaged."""
+def over_processes(loss, aux_loss, layers, names):
+    """(loss, aux_loss, [Stats]) of a step over all ranks: loads are summed, and averaged are the losses and
+    those of a layer's numbers called `names` that it has."""
     if world() == 1:
         return loss, aux_loss, layers
-    numbers = [loss, aux_loss, *(getattr(s, name) for s in layers for name in AVERAGED)]
+    # all numbers in one collective, all loads in another
+    had = [[name for name in names if getattr(s, name) is not None] for s in layers]
+    numbers = [loss, aux_loss, *(getattr(s, name) for s, own in zip(layers, had) for name in own)]
     numbers = iter(global_mean(torch.stack(numbers)))
     loads = global_sum(torch.cat([s.load for s in layers])).split([len(s.load) for s in layers])
-    return next(numbers), next(numbers), [
-        s._replace(load=load, **{name: next(numbers) for name in AVERAGED}) for s, load in zip(layers, loads)]
+    loss, aux_loss = next(numbers), next(numbers)
+    return loss, aux_loss, [s._replace(load=load, **{name: next(numbers) for name in own})
+                            for s, own, load in zip(layers, had, loads)]
 
 
 def share(batches):
@@ -172,11 +164,11 @@ def from_rank0(make):
     except BaseException as e:
         error = e
     shapes = tree_map_only(torch.Tensor, lambda t: t.to("meta"), result)
-    box = [shapes, error is None, getattr(error, "code", 1)]
-    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-    if not box[1]:
-        raise error or SystemExit(box[2])
-    return result if rank() == 0 else box[0]
+    told = [dict(result=shapes, failed=error is not None, status=getattr(error, "code", 1))]
+    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+    if told[0]["failed"]:
+        raise error or SystemExit(told[0]["status"])
+    return result if rank() == 0 else told[0]["result"]
 
 
 def first():

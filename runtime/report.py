@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -12,24 +13,29 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from runtime import checkpoint
-from runtime import parallel
-from runtime.config import sparse_layers
-from moe import choose_dispatch, grouped_refusal
-from peer import choose_path, usage
 from data.binfile import explain
-from sample import PLAIN, sample_text
-from settings import DIFFERS
-from runtime.watch import Watch
+from runtime import checkpoint, parallel
+from runtime.terminal import PLAIN
+from runtime.watch import Watch, usage
 
+# The first columns of log.csv and their order. A row with another number gets a column for it: what train.step
+# returns, what a layer's Stats holds, what an evaluation measured.
 COLUMNS = ["step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_second",
            "balance_loss", "z_loss", "aux_loss", "max_expert_share", "entropy", "dropped", "experts_used",
            "unevenness", "expert_load"]
 MAX_LOGGED_EXPERTS = 1024                               # a million numbers do not belong in a row of a table
 
-
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message says why and what is safe."""
+    status = 1
+
+
+def speaker(quiet):
+    """say(text) for lines beside the bar, on stderr; a terminal that is gone ends nothing."""
+    def say(text):
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(text, file=sys.stderr)
+    return (lambda text: None) if quiet else say
 
 
 class Log:
@@ -40,11 +46,14 @@ class Log:
     def __init__(self, path, trainer, say):
         self.trainer, self.rows, self.since = trainer, [], time.perf_counter()
         self.patience = 20 if trainer.device.type == "cuda" else 1
-        self.watch = Watch(trainer.config, say)
-        columns = COLUMNS + [f"val_loss_{name}" for name in trainer.corpora if len(trainer.corpora) > 1]
+        self.watch = Watch(trainer.model, say)
         self.path = path if parallel.rank() == 0 else Path(os.devnull)
+        self.open(COLUMNS)
+
+    def open(self, columns):
+        """Opens the file for the rows that come next, with these columns and those that it has."""
         if parallel.rank() == 0:
-            cut_log(path, trainer.done, columns)
+            columns = cut_log(self.path, self.trainer.done, columns)
         self.file = open(self.path, "a", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, columns)
 
@@ -78,9 +87,15 @@ class Log:
         if more:
             rows[-1].update(more)
         t = self.trainer.config.train
+        rows = [row for row in rows if row["step"] % t.log_every == 0 or "val_loss" in row]
+        new = [name for name in dict.fromkeys(name for row in rows for name in row)
+               if name not in self.writer.fieldnames]
         try:
+            if new:
+                self.file.close()
+                self.open([*self.writer.fieldnames, *new])
             self.writer.writerows({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()}
-                                  for row in rows if row["step"] % t.log_every == 0 or "val_loss" in row)
+                                  for row in rows)
             self.file.flush()
         except OSError as e:
             whole = self.path.stat().st_size * t.max_steps / max(1, self.trainer.done)
@@ -89,48 +104,73 @@ class Log:
 
 
 def cut_log(path, step, columns):
-    """Makes log.csv ready for the rows after `step`: a new one gets its header; an old one loses the rows
-    that a resumed run will write again, and a last row that a killed process left unfinished. Raises
-    CheckpointError for a file of other columns."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerow(columns)
-    header = text.getvalue().encode()
+    """Makes log.csv ready for the rows after `step` and returns its columns, those of `columns` that it lacks
+    behind its own: a new one gets its header; an old one loses the rows that a resumed run will write again,
+    and a last row that a killed process left unfinished. Raises CheckpointError for a file that is no log."""
     with contextlib.ExitStack() as held:
         try:
-            old = held.enter_context(open(path, "rb")) if path.exists() else []
+            old = held.enter_context(open(path, "rb")) if path.exists() else iter(())
         except OSError as e:
             raise checkpoint.CheckpointError(f"{path}: cannot be read ({e.strerror}); move it away") from None
-        found = next(iter(old), b"")
-        if not header.startswith(found):                    # which may be empty or cut short as well
-            raise checkpoint.CheckpointError(f"{path}: is no log of this run, its first line does not name the "
-                                     "columns; move it away and --resume begins a new one")
+        first = next(old, b"")
+        found = header_of(first, columns)
+        if found and found[0] != "step":
+            raise checkpoint.CheckpointError(f"{path}: is no log of a run, its first column is not `step`; "
+                                             "move it away and --resume begins a new one")
+        # a column that is new is empty in the old rows, which may have any line ends
+        merged = found + [name for name in columns if name not in found]
+        more = b"," * (len(merged) - len(found)) + b"\r\n"
         new = held.enter_context(checkpoint.written(path))
-        new.write(header)
-        new.writelines(row for row in old if is_whole(row, len(columns)) and int(row.split(b",")[0]) <= step)
+        new.write(csv_line(merged))
+        new.writelines(row.rstrip(b"\r\n") + more for row in old
+                       if is_whole(row, len(found)) and int(row.split(b",")[0]) <= step)
+    return merged
+
+
+def csv_line(fields):
+    """Fields as a line of a CSV file, in bytes."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(fields)
+    return text.getvalue().encode()
+
+
+def header_of(line, columns):
+    """The columns that the first line of a log names; none of an empty file, or if a killed process left only
+    a part of the line."""
+    if csv_line(columns).startswith(line) and not line.endswith(b"\n"):
+        return []
+    try:
+        return next(csv.reader([line.decode("utf-8-sig", "replace").rstrip("\r\n")]), [])
+    except csv.Error:
+        return [""]
 
 
 def is_whole(row, n):
     """Whether a line of log.csv, as bytes, is a step's row of n fields."""
-    return row.endswith(b"\n") and row.count(b",") == n - 1 and row.split(b",")[0].isdigit()
+    return row.count(b",") == n - 1 and row.split(b",")[0].isdigit()
 
 
 def to_numbers(row, trainer, watch):
     """A row of tensors as a row of numbers; what the sparse layers report is averaged over them."""
     layers = row.pop("layers")
     row = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
-    chosen = [layers[i] for i in sparse_layers(trainer.config)]
     watch.gradients(row["step"], row["grad_norm"])
+    sparse = trainer.model.sparse
+    chosen = [layers[i] for i in sparse]
     if not chosen:
         return row
-    mean = {name: (sum(getattr(s, name) for s in chosen) / len(chosen)).item()
-            for name in ("balance_loss", "z_loss", "dropped", "entropy")}
+    # what each of them has as one number
+    for name in trainer.numbers:
+        values = [getattr(s, name) for s in chosen if getattr(s, name) is not None]
+        if values and name != "aux_loss":
+            row[name] = (sum(values) / len(values)).item()
+    # how evenly their experts are used
     loads = [s.load.float().cpu() for s in chosen]
     used, uneven = zip(*(usage(load) for load in loads))
     watch.experts(row["step"], loads, uneven)
-    row.update(mean, max_expert_share=max((load.max() / load.sum()).item() for load in loads),
+    row.update(max_expert_share=max((load.max() / load.sum()).item() for load in loads),
                experts_used=sum(used) / len(used), unevenness=sum(uneven) / len(uneven))
     if max(load.numel() for load in loads) <= MAX_LOGGED_EXPERTS:
-        sparse = sparse_layers(trainer.config)
         row["expert_load"] = ";".join(" ".join(f"{v:g}" for v in s.load.tolist()) if i in sparse else ""
                                       for i, s in enumerate(layers))
     return row
@@ -173,17 +213,18 @@ def progress(trainer, quiet):
 
 
 def describe(trainer, say, arithmetic):
-    """Says what is about to run."""
-    config, t, params = trainer.config, trainer.config.train, trainer.model.num_params()
-    f, sparse = config.ffn, sparse_layers(config)
-    kind = f"{f.kind} in layers {sparse}, {paths(trainer, sparse)}" if sparse else "dense"
-    say(f"model      {config.model.n_layer} layers, {config.model.n_embd} wide, {kind}\n"
+    """Says what is about to run. Raises ValueError for a layer that cannot compute as asked."""
+    config, model, t = trainer.config, trainer.model, trainer.config.train
+    params, dtype = model.num_params(), getattr(torch, t.dtype)
+    kinds = [f"{config.ffn.kind} in layers {model.sparse}", model.blocks[model.sparse[0]].ffn.describe(dtype)] \
+        if model.sparse else ["dense"]
+    say(f"model      {config.model.n_layer} layers, {config.model.n_embd} wide, {', '.join(filter(None, kinds))}\n"
         f"           {params.total:,} parameters, {params.active:,} active, "
-        f"{trainer.model.flops_per_token() / 1e6:.2f} MFLOP a token forward\n"
+        f"{model.flops_per_token() / 1e6:.2f} MFLOP a token forward\n"
         f"arithmetic {trainer.device}, {arithmetic}")
     if parallel.world() > 1:
         say(f"processes  {parallel.world()}, {t.parallel}" + "".join(
-            f"\n           {DIFFERS}: {why}" for why in parallel.differences(config)))
+            f"\n           differs under several processes: {why}" for why in model.differences()))
     if text := str(trainer.past):
         say(f"past       {text}")
     passes = ", ".join(f"{e:.2f}" for e in trainer.batches.epochs(t.max_steps))
@@ -191,31 +232,20 @@ def describe(trainer, say, arithmetic):
         f"{t.batch_size} x {config.model.block_size} tokens read it {passes} times")
 
 
-def paths(trainer, sparse):
-    """What the sparse layers hold, and the path they take. Raises ValueError for a path that cannot run."""
-    f, ffn = trainer.config.ffn, trainer.model.blocks[sparse[0]].ffn
-    if f.kind != "moe":
-        return f"{f.n_keys ** 2:,} rows, {f.peer_heads} heads x {f.peer_top_k} a token, " \
-               f"path {choose_path(f.peer_path, ffn.table)}"
-    x = torch.empty(0, dtype=getattr(torch, trainer.config.train.dtype), device=trainer.device)
-    path, refusal = choose_dispatch(f.dispatch, ffn.experts, x), grouped_refusal(ffn.experts, x.dtype)
-    return (f"{f.experts} experts, {f.active} a token, router {f.router}, balance {f.balance}, "
-            f"dispatch {path}" + (f" ({refusal})" if f.dispatch == "auto" and refusal else ""))
-
-
-def finish(trainer, out, stop, say):
-    """The last words: a sample, the result, what to do next."""
-    t = trainer.config.train
+def finish(trainer, out, stop, sample, say):
+    """The last words: a sample, if there is one, the result, what to do next."""
+    t, here = trainer.config.train, shlex.quote(str(out))
     if stop.asked():
         return say(f"stopped by {stop.name} after step {trainer.done}; everything is saved. Go on with:\n"
-                   f"  python train.py --out {out} --resume")
-    if t.sample_tokens:
-        text = sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed)
-        say(f"--- sample ---\n{text.translate(PLAIN)}\n--------------")
+                   f"  python train.py --out {here} --resume")
+    if sample:
+        say(f"--- sample ---\n{sample.translate(PLAIN)}\n--------------")
+    prompt = " --prompt \"def \"" if "python" in trainer.config.data.names else ""
+    experts = " --show_experts" if trainer.model.sparse else ""
     size = (out / checkpoint.LAST).stat().st_size / 2**20
     say(f"best validation loss {trainer.best:.4f} nats a token; {trainer.done} steps took "
         f"{trainer.seconds:.0f} s; a checkpoint is {size:,.1f} MiB. Next:\n"
-        f"  python sample.py {out} --prompt \"def \" --show-experts\n"
-        f"  python -m lab.plots {out}\n"
-        f"  python train.py --out {out} --resume --train.max_steps {2 * t.max_steps}\n"
+        f"  python sample.py {here}{prompt}{experts}\n"
+        f"  python -m lab.plots {here}\n"
+        f"  python train.py --out {here} --resume --train.max_steps {2 * t.max_steps}\n"
         f"  python train.py configs/dense.toml        # other models: ls configs")

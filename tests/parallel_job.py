@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from runtime import parallel
 import train
 from balance import btx_loss, importance_loss, switch_loss
 from peer import BatchNorm
 from routers import pairs
+from runtime import parallel
 
 E, K, N, WIDTH = 4, 2, 24, 6            # experts, choices, tokens of the whole batch, width of the batch norm
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import ROUTERS, batch_of, config_of, model_of, run
 
 import balance as bal
 from routers import pairs
-from tiny import ROUTERS, batch_of, config_of, model_of, run
 
 # minimum of each loss, at E experts; device and comm count groups
 MINIMUM = {"switch": 1, "gshard": lambda E: 1 / E ** 2, "importance": 0, "load": 0, "btx": 1, "deepseek": 1,
@@ -239,7 +239,7 @@ def test_bias_moves_after_the_step_only_and_is_saved():
     (out.loss + out.aux_loss).backward()
     assert not any(b.any() or b.requires_grad for b in bias) and float(out.aux_loss) == 0
     loads = [s.load for s in out.stats]
-    model.update_balance(loads)
+    model.after_step(loads)
     for b, load in zip(bias, loads):
         assert torch.equal(b, 0.5 * torch.sign(load.mean() - load))
     again = run(model, idx, targets).stats
@@ -252,7 +252,7 @@ def test_bias_moves_after_the_step_only_and_is_saved():
 def test_update_balance_changes_nothing_elsewhere(kind):
     model = model_of(kind)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    model.update_balance([s.load for s in run(model.eval(), batch_of()[0]).stats])
+    model.after_step([s.load for s in run(model.eval(), batch_of()[0]).stats])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

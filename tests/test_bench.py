@@ -1,23 +1,23 @@
-"""lab/bench.py: what it writes and refuses, and that its numbers mean what they say. No time is tested."""
+"""lab/bench.py: what it writes and refuses, and that its numbers mean what they say. No time is
+tested."""
 import json
-import sys
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels.peer as kernels_peer
 import lab.bench as bench
+import moe
+from data import binfile
+from ffn import Context
+from lab.timing import measure
 from lab.timing import moe as bench_moe
 from lab.timing import peer as bench_peer
-from lab.timing import measure as measure
-import moe
-import peer
-from data import binfile
 from lab.timing.moe import MoEShape
 from lab.timing.peer import PEERShape
-from routers import Context
 
 TINY_MOE = MoEShape(T=64, d=32, E=8, k=2, n=16)
 TINY_PEER = PEERShape(m=16, d=32, h=2, k=4, T=64, d_key=16)
@@ -71,7 +71,8 @@ def test_moe_rows(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "equal active FLOPs" in printed and "x dense" in printed
     table = printed[printed.index("  path"):].split("\n\n")[0].splitlines()
-    assert len(table) == 1 + len(rows) // 2 and len({len(line) for line in table}) == 1         # aligned
+    # aligned
+    assert len(table) == 1 + len(rows) // 2 and len({len(line) for line in table}) == 1
 
 
 def test_model_rows(tiny, tmp_path, capsys):
@@ -92,7 +93,8 @@ def test_peer_rows(tiny, tmp_path, capsys):
     assert parts.pop("N16^2 T64 d32 h2 k4 layer") >= {"dense", "readable", "lean"}
     assert parts == {f"N16^2 T64 d32 h2 k4 experts alone, {spread}": {"floor", "readable", "lean"}
                      for spread in ("uniform", "zipf")}
-    by = {(row["path"], row["direction"]): row for row in rows if row["shape"].endswith("alone, uniform")}
+    by = {(row["path"], row["direction"]): row
+          for row in rows if row["shape"].endswith("alone, uniform")}
     assert by["floor", "fwd+bwd"]["ms"] == pytest.approx(3 * by["floor", "fwd"]["ms"], rel=1e-3)
     floor, lean = by["floor", "fwd"]["ms"], by["lean", "fwd"]
     assert lean["ceiling_share"] == pytest.approx(floor / lean["ms"], rel=1e-3)
@@ -119,12 +121,13 @@ def gate_without_gradient(x, routing, experts):
 @pytest.mark.parametrize("path, what", [
     (scaled, "its output"), (gate_without_gradient, "its gradient of x")])
 def test_a_wrong_path_stops_the_bench(tiny, tmp_path, capsys, monkeypatch, path, what):
-    monkeypatch.setitem(moe.DISPATCH, "padded", path)
+    monkeypatch.setitem(moe.DISPATCH, "grouped", path)
     assert tiny("moe", "--json", str(tmp_path / "rows.json")) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "path padded is wrong" in error and what in error
+    assert error.count("\n") == 1 and "path grouped is wrong" in error and what in error
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert rows and all(row["path"].startswith("ceiling") for row in rows)      # the tables before it are kept
+    # the tables before it are kept
+    assert rows and all(row["path"].startswith("ceiling") for row in rows)
 
 
 def test_rows_that_cannot_be_written_end_in_one_line(tiny, tmp_path, capsys, monkeypatch):
@@ -148,15 +151,17 @@ def test_a_wrong_expert_path_stops_the_bench(tiny, capsys, monkeypatch, wrong_ro
         good[unused] = 1e-3
         return good
 
-    lean = peer.PASSES["lean"]
-    monkeypatch.setitem(peer.PASSES, "lean", (*lean[:2], backward_table))
-    monkeypatch.setattr(bench_peer, "CHECKED", 16)                      # tokens, who leave experts unused
+    lean = kernels_peer.PASSES["lean"]
+    monkeypatch.setitem(kernels_peer.PASSES, "lean", (*lean[:2], backward_table))
+    # tokens, who leave experts unused
+    monkeypatch.setattr(bench_peer, "CHECKED", 16)
     assert tiny("peer") == 1
     assert "path lean is wrong: its gradient of the table" in capsys.readouterr().err
 
 
 def test_paths_are_right_under_every_skew():
-    """Shared experts, loads imposed: zipf falls with the expert's number, half and empty as they say."""
+    """Shared experts, loads imposed: zipf falls with the expert's number, half and empty as they
+    say."""
     loads = {}
     for skew in "zipf", "half", "empty":
         shape = MoEShape(T=64, d=32, E=16, k=2, n=16, shared=1, skew=skew)
@@ -171,7 +176,8 @@ def test_paths_are_right_under_every_skew():
 
 
 def test_transformers_experts_join_in(monkeypatch):
-    """A stand-in for transformers.integrations.moe, with its signature, which reads what that reads."""
+    """A stand-in for transformers.integrations.moe, with its signature, which reads what that
+    reads."""
     def grouped_mm_experts_forward(self, hidden, top_k_index, top_k_weights):
         out = torch.zeros_like(hidden)
         for t in range(len(hidden)):
@@ -180,9 +186,7 @@ def test_transformers_experts_join_in(monkeypatch):
                 out = out.index_add(0, torch.tensor([t]), (w * (self.down_proj[e] @ h))[None])
         return out
 
-    for name in "transformers", "transformers.integrations", "transformers.integrations.moe":
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["transformers.integrations.moe"].grouped_mm_experts_forward = grouped_mm_experts_forward
+    monkeypatch.setattr(bench_moe, "grouped_mm_experts_forward", grouped_mm_experts_forward)
     paths = bench_moe.paths_of("cpu")
     shape = MoEShape(T=6, d=16, E=4, k=2, n=8)
     paths = {name: paths[name] for name in ("loop", "transformers")}
@@ -196,32 +200,37 @@ def test_transformers_experts_join_in(monkeypatch):
 
 def test_flops_by_hand():
     shape = MoEShape(T=10, d=16, E=4, k=2, n=8)
-    assert shape.flops("fwd") == 2 * 10 * (2 * 8) * (16 + 16 + 16)       # 16 hidden units; gate, up, down
+    # 16 hidden units; gate, up, down
+    assert shape.flops("fwd") == 2 * 10 * (2 * 8) * (16 + 16 + 16)
     assert shape.flops("fwd+bwd") == 3 * shape.flops("fwd")
     assert MoEShape(10, 16, 4, 2, 8, shared=1).flops("fwd") == 1.5 * shape.flops("fwd")
     layers = bench_moe.build_layers(shape, torch.float32, "cpu", bench_moe.paths_of("cpu"))
-    x, ctx = torch.randn(1, 10, 16, requires_grad=True), Context(torch.zeros(1, 10, dtype=torch.long))
+    x = torch.randn(1, 10, 16, requires_grad=True)
+    ctx = Context(torch.zeros(1, 10, dtype=torch.long))
     with FlopCounterMode(display=False) as counter:
         layers["dense"](x, ctx)[0].sum().backward()
     assert counter.get_total_flops() == shape.flops("fwd+bwd")
-    assert 10 * layers["loop"].flops_per_token() == shape.flops("fwd") + 2 * 10 * 16 * 4    # and the router
+    # and the router
+    assert 10 * layers["loop"].flops_per_token() == shape.flops("fwd") + 2 * 10 * 16 * 4
 
 
 def test_peer_floor_by_hand():
-    assert PEERShape(m=1024, d=512, h=8, k=16, T=1).chosen_bytes(torch.bfloat16) == 262_144     # 128 u and v
+    # 128 u and v
+    assert PEERShape(m=1024, d=512, h=8, k=16, T=1).chosen_bytes(torch.bfloat16) == 262_144
 
 
 def test_ratio_is_the_median_of_paired_ratios(monkeypatch, machine):
     times = {"dense": [1.0, 2.0, 10.0], "a": [2.0, 3.0, 5.0],
              "dense compiled": [1.0] * 3, "a compiled": [3.0] * 3}
     monkeypatch.setattr(measure, "interleave", lambda *_: times)
-    arms = {name: measure.Arm(lambda i: None, 6e9, 0.5, 7.0) for name in times}
+    arms = {name: measure.Contestant(lambda i: None, 6e9, 0.5, 7.0) for name in times}
     rows = measure.measure(machine, "moe", "s", torch.float32, "fwd", arms)
     assert [row["ratio_to_dense"] for row in rows] == [1, 1.5, 1, 3]
-    assert rows[1] == dict(zip(KEYS, ("moe", "cpu", "s", "a", "float32", "fwd", 3, 1.5, 2, 0.16667, 0, 7)))
+    assert rows[1] == dict(zip(KEYS, ("moe", "cpu", "s", "a", "float32", "fwd", 3, 1.5, 2, 0.16667,
+                                      0, 7)))
 
 
-def test_arms_take_turns_and_so_do_inputs():
+def test_contestants_take_turns_and_so_do_inputs():
     calls = []
     runs = {name: lambda i, name=name: calls.append((name, i)) for name in "ab"}
     times = measure.interleave("cpu", runs, 1, 3)
@@ -229,11 +238,12 @@ def test_arms_take_turns_and_so_do_inputs():
     assert [len(t) for t in times.values()] == [3, 3]
 
 
-def test_an_arm_without_memory_gets_a_row_without_a_time(machine):
+def test_a_contestant_without_memory_gets_a_row_without_a_time(machine):
     def too_much(i):
         raise torch.OutOfMemoryError
 
-    arms = {"dense": measure.Arm(lambda i: torch.ones(9)), "big": measure.Arm(too_much, 1.0, 1.0)}
+    arms = {"dense": measure.Contestant(lambda i: torch.ones(9)),
+            "big": measure.Contestant(too_much, 1.0, 1.0)}
     dense, big = measure.measure(machine, "moe", "s", torch.float32, "fwd", arms)
     assert dense["ms"] > 0 and [big[key] for key in KEYS[6:]] == [None] * 6
     measure.print_table([dense, big])
@@ -262,11 +272,13 @@ def test_saved_memory_of_the_grouped_path():
     """Layer input and pre-activation, plus indices and gates, within 10 %."""
     shape = MoEShape(T=512, d=64, E=16, k=4, n=32)
     layers = bench_moe.build_layers(shape, torch.float32, "cpu", bench_moe.paths_of("cpu"))
-    x, ctx = torch.randn(1, 512, 64, requires_grad=True), Context(torch.zeros(1, 512, dtype=torch.long))
+    x = torch.randn(1, 512, 64, requires_grad=True)
+    ctx = Context(torch.zeros(1, 512, dtype=torch.long))
     floor = 4 * (512 * 64 + 512 * 4 * 2 * 32) / 2 ** 20
     assert floor < bench_moe.saved_by(layers["grouped"], x, ctx) < 1.1 * floor
     assert bench_moe.saved_by(layers["loop"], x, ctx) > 2 * floor
-    assert bench_moe.saved_by(SimpleNamespace(), x, ctx) is None         # compiled layers are no AnyPath
+    # compiled layers are no MoE
+    assert bench_moe.saved_by(SimpleNamespace(), x, ctx) is None
 
 
 def test_gpu_models_have_equal_active_flops():
@@ -287,7 +299,8 @@ def test_gpu_models_have_equal_active_flops():
     (["moe", "--json", "no/such/folder/rows.json"], "no/such/folder"),
     (["moe", "--json", "."], "must be a file"),
     pytest.param(["moe", "--device", "cuda"], "no CUDA device",
-                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")),
+                 marks=pytest.mark.skipif(torch.cuda.is_available(),
+                                          reason="needs a machine without CUDA")),
 ])
 def test_mistakes_are_one_line_and_status_2(capsys, arguments, words):
     try:
@@ -303,4 +316,5 @@ def test_help_lists_options_and_defaults(capsys):
         bench.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0 and text.count("(default: ") == 3
-    assert all(word in text for word in ("moe", "model", "peer", "--device", "--shapes", "--json", "quick"))
+    assert all(word in text for word in ("moe", "model", "peer", "--device", "--shapes", "--json",
+                                         "quick"))

@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from model import load_config
 from runtime import config as c
-from runtime.config import Config, ConfigError, load_config
+from runtime.config import from_tables, to_toml
+from settings import Config, ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,7 +121,7 @@ def test_a_config_survives_toml_and_dict():
     config = load_config(None, [("data.name", 'a "quoted" path/ü.txt'), ("ffn.kind", "peer"),
                                 ("train.lr", "1e-4")])
     import tomllib
-    for again in (Config.from_dict(tomllib.loads(config.to_toml())), Config.from_dict(config.to_dict())):
+    for again in (from_tables(tomllib.loads(to_toml(config))), from_tables(config.to_dict())):
         assert again == config
 
 

@@ -6,9 +6,12 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tokenize
@@ -19,16 +22,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data.corpora import arithmetic, downloads, markov, sources, stdlib, textfiles
-from data import binfile, building
+from data import binfile, building, console
 from data.batches import BLOCK, Batches, EvalBatches, quotas_of
 from data.binfile import DataError, open_bin, read_header, write_bin
+from data.corpora import (arithmetic, downloads, markov, sources, stdlib,
+                          textfiles)
 from data.corpora.corpus import split_of
-from data.folders import folder_of, inspect_folder
-from data.prepare import find_or_prepare, main, prepare
+from data.folders import folders_of, inspect_folder, names_in
+from data.prepare import main, prepare, prepared
 from data.tokenizers import Tokenizer
+from settings import DataConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -48,8 +54,19 @@ def tokens_in(folder, split="train"):
     return np.array(open_bin(folder / f"{split}.bin", verify=True)[0])
 
 
+def folder_of(name, tokenizer="byte", dir=None):
+    return folders_of(names_in(dir, [str(name)]), tokenizer, dir=dir)[0]
+
+
 def tokenizer_in(folder):
     return Tokenizer.load(folder / "tokenizer.json")
+
+
+def open_text(names, tokenizer="byte", vocab_size=4096, dir=None, max_tokens=0, quiet=True, **options):
+    """prepared(), its settings one by one."""
+    settings = DataConfig(name=names, tokenizer=tokenizer, vocab_size=vocab_size, dir=str(dir),
+                          max_tokens=max_tokens)
+    return prepared(settings, quiet=quiet, **options)
 
 
 def write_text(path, text):
@@ -168,7 +185,8 @@ def test_a_file_is_split_90_to_10_by_characters_and_kept_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 def test_blocks_leave_no_seams(tmp_path, monkeypatch, kind):
-    """Texts longer than the blocks they are read, cut and encoded in give the tokens of the whole."""
+    """Texts longer than the blocks they are read, cut and encoded in give the tokens of the
+    whole."""
     text = "one two, three 😀\r\n  four\n\n\nfive é\t six." * 30
     path = write_text(tmp_path / "a.txt", text)
     whole, = quiet_prepare([path], kind, 300, out=tmp_path / "whole")
@@ -450,7 +468,8 @@ def test_markov_corpora_bring_their_tokenizer(tmp_path, monkeypatch):
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves `content`, in ranges where `ranges`, and breaks off after `limit` bytes of an answer."""
+    """Serves `content`, in ranges where `ranges`, and breaks off after `limit` bytes of an
+    answer."""
     content, ranges, limit, asked = b"", True, None, []
 
     def do_GET(self):
@@ -638,7 +657,7 @@ def test_damage_is_refused_by_training_and_mended_by_preparing(tmp_path, capsys,
     if damage == "remove":
         victim.unlink()
     else:
-        reason = message(find_or_prepare, str(path), "bpe", 300, out)
+        reason = message(open_text, str(path), "bpe", 300, out)
         assert str(victim) in reason and "python data/prepare.py" in reason
     quiet_prepare([path], "bpe", 300, out=out)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == good
@@ -668,35 +687,35 @@ def test_bpe_learns_from_training_text_alone(tmp_path):
     assert not [token for token in Tokenizer.load(folder / "tokenizer.json").tokens[256:] if b"z" in token]
 
 
-def test_find_or_prepare(tmp_path, capsys):
+def test_prepared_opens_what_is_there_and_makes_what_is_missing(tmp_path, capsys):
     path, out = book(tmp_path), tmp_path / "out"
-    found, tokenizer = find_or_prepare(str(path), "char", dir=out)
+    found, tokenizer = open_text(str(path), "char", dir=out, quiet=False)
     assert "preparing" in capsys.readouterr().out and tokenizer.kind == "char"
-    assert find_or_prepare("book", "char", dir=out)[0] == found == [folder_of("book", "char", dir=out)]
+    assert open_text("book", "char", dir=out, quiet=False)[0] == found == [folder_of("book", "char", dir=out)]
     assert capsys.readouterr().out == ""                    # by its name, from now on, and nothing to say
     before = stamps(found[0])
-    find_or_prepare("book", "char", dir=out, max_tokens=300, quiet=True)
+    open_text("book", "char", dir=out, max_tokens=300)
     assert stamps(found[0]) != before and read_header(found[0] / "train.bin")["count"] == 300
-    find_or_prepare("book", "char", dir=out, quiet=True)
+    open_text("book", "char", dir=out)
     assert "--max_tokens 300" in capsys.readouterr().err    # what is there is used; that it is a part is said
-    find_or_prepare("book", "byte", dir=out, quiet=True)    # another tokenizer: the path is remembered
+    open_text("book", "byte", dir=out)                      # another tokenizer: the path is remembered
     write_text(path, "it has changed " * 50)
-    find_or_prepare(str(path), "byte", dir=out, quiet=True)
+    open_text(str(path), "byte", dir=out)
     assert tokens_in(folder_of(path, dir=out)).tobytes().startswith(b"it has changed")
     (folder_of("book", dir=out) / "val.bin").unlink()      # a part is gone, and so is what it was made from
     path.rename(tmp_path / "elsewhere.txt")
-    assert "val.bin: is missing" in message(find_or_prepare, "book", "byte", dir=out, quiet=True)
+    assert "val.bin: is missing" in message(open_text, "book", "byte", dir=out)
     (tmp_path / "elsewhere.txt").rename(path)
     both = [str(path), "markov"]
-    found, _ = find_or_prepare(both, "byte", 0, out, 3000, True)
+    found, _ = open_text(both, "byte", 0, out, 3000, True)
     assert [folder.name for folder in found] == ["book-byte", "markov-byte"]
-    assert "different tokenizers" in message(find_or_prepare, both, "char", 0, out, 3000, True)
+    assert "different tokenizers" in message(open_text, both, "char", 0, out, 3000, True)
 
 
 @pytest.mark.parametrize("arguments, hint", [
     (["pyton"], "nearest: python"), (["no/such/file.txt"], "neither"),
     (["math", "--tokenizer", "bype"], "byte"), (["math", "--tokenizer", "bpe", "--vocab_size", "100"], "257"),
-    (["math", "math"], "name of its own")])
+    (["math", "math"], "one corpus")])
 def test_the_program_refuses_in_one_line(tmp_path, capsys, arguments, hint):
     assert main([*arguments, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
@@ -714,8 +733,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     assert "--out" in message(quiet_prepare, ["math"], out=tmp_path / "file" / "out")
 
 
-def run_program(*arguments, **options):
-    command = [sys.executable, ROOT / "data" / "prepare.py", *map(str, arguments)]
+def run_program(*arguments, python=(), how=(ROOT / "data" / "prepare.py",), **options):
+    command = [sys.executable, *python, *how, *map(str, arguments)]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -724,7 +743,7 @@ def test_the_program_runs_from_anywhere_and_a_file_gets_no_control_characters(tm
     options = "--tokenizer bpe --vocab_size 270 --out out".split()
     program = run_program("book.txt", *options, cwd=tmp_path)
     out, error = program.communicate()
-    assert (program.returncode, error) == (0, "") and "book" in out and "\r" not in out and "\x1b" not in out
+    assert program.returncode == 0 and "book" in out and not re.search(r"[\r\x1b]", out + error)
     assert inspect_folder(tmp_path / "out" / "book-bpe270", verify=True) and path.exists()
 
 
@@ -734,8 +753,7 @@ def test_killed_preparations_leave_nothing_that_counts(tmp_path):
     good = {name: (folder / name).read_bytes() for name in building.FILES}
     program = run_program("markov", "--max_tokens", 10**9, "--out", out)
     temporary = out / ".markov-byte.tmp" / ".train.bin.tmp"
-    deadline = time.time() + 30
-    while time.time() < deadline and not (temporary.exists() and temporary.stat().st_size > 10**6):
+    while program.poll() is None and not (temporary.exists() and temporary.stat().st_size > 10**6):
         time.sleep(0.02)
     os.kill(program.pid, signal.SIGKILL)
     program.communicate()
@@ -744,18 +762,354 @@ def test_killed_preparations_leave_nothing_that_counts(tmp_path):
     assert inspect_folder(folder, verify=True)
     quiet_prepare(["markov"], out=out, max_tokens=3000)     # the lock died with its owner
     assert read_header(folder / "train.bin")["count"] == 3000
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "markov-byte"]
+    names = sorted(path.name for path in out.iterdir())
+    assert names[:2] == [".lock", "markov-byte"] and re.fullmatch("markov-byte-old-[0-9a-f]{8}", names[2])
+    assert len(names) == 3 and {name: (out / names[2] / name).read_bytes() for name in building.FILES} == good
 
 
 def test_interrupted_by_the_user(tmp_path):
     program = run_program("markov", "--max_tokens", 10**9, "--out", tmp_path)
     temporary = tmp_path / ".markov-byte.tmp" / ".train.bin.tmp"
-    deadline = time.time() + 30
-    while time.time() < deadline and not temporary.exists():
+    while program.poll() is None and not temporary.exists():        # it would go on for an hour
         time.sleep(0.02)
     program.send_signal(signal.SIGINT)
     _, error = program.communicate()
     assert program.returncode == 130 and "Traceback" not in error and not temporary.exists()
+
+
+# --- a run's tokens outlive its text ---
+
+
+def sums(folders):
+    return [read_header(folder / "train.bin")["sha256"] for folder in folders]
+
+
+def edited(path):
+    write_text(path, "something else altogether, and longer " * 90)
+
+
+CHANGES = {
+    "deleted": (os.remove, "is gone"),
+    "moved": (lambda path: path.rename(path.with_name("moved.txt")), "is gone"),
+    "edited": (edited, "has changed"),
+    "a folder now": (lambda path: (path.unlink(), path.mkdir()), "has changed"),
+    "a pipe now": (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read")}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_a_run_goes_on_with_its_tokens_whatever_became_of_the_text(tmp_path, capsys, kind, change):
+    path, out = book(tmp_path), tmp_path / "out"
+    (folder,), tokenizer = open_text(str(path), kind, 300, out)
+    began, before = sums([folder]), stamps(folder)
+    act, told = CHANGES[change]
+    act(path)
+    capsys.readouterr()
+    (again,), same = open_text(str(path), kind, 300, out, checksums=began)
+    assert again == folder and stamps(folder) == before and same.fingerprint == tokenizer.fingerprint
+    error = capsys.readouterr().err
+    assert told in error and str(folder) in error and error.count("\n") == 1
+
+
+def test_a_path_whose_text_is_gone_still_names_what_was_prepared(tmp_path, monkeypatch):
+    path, out = book(tmp_path / "texts"), tmp_path / "out"
+    found, _ = open_text(str(path), dir=out)
+    path.unlink()
+    monkeypatch.chdir(path.parent)
+    for name in (str(path), "book.txt", "../texts/book.txt", "book"):
+        assert open_text(name, dir=out)[0] == found
+    assert "neither" in message(open_text, str(tmp_path / "other/book.txt"), dir=out)
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_tokens_that_are_replaced_are_kept_for_the_runs_that_need_them(tmp_path, capsys, kind):
+    path, other, out = book(tmp_path), book(tmp_path, "other.txt", "one other text\n"), tmp_path / "out"
+    both = [str(path), str(other)]
+    folders, tokenizer = open_text(both, kind, 300, out)
+    began, old = sums(folders), tokens_in(folders[0]).tolist()
+    edited(path)
+    new, _ = open_text(both, kind, 300, out)
+    assert new == folders and sums(new)[0] != began[0]
+    error = capsys.readouterr().err
+    assert "its source" in error and "kept in" in error and "-old-" in error
+    again, same = open_text(both, kind, 300, out, checksums=began)
+    assert sums(again) == began and tokens_in(again[0]).tolist() == old
+    assert same.fingerprint == tokenizer.fingerprint and again[0] != folders[0]
+    assert "prepared anew" in capsys.readouterr().err
+    quiet_prepare(both, kind, 300, out=out, force=True)             # the same tokens: nothing to keep
+    assert len(list(out.glob("book-*-old-*"))) == 1
+
+
+def test_a_limit_or_a_part_that_is_edited_costs_no_run_its_tokens(tmp_path):
+    path, out = book(tmp_path), tmp_path / "out"
+    began = sums(open_text(str(path), dir=out)[0])
+    open_text(str(path), dir=out, max_tokens=300)
+    (kept,), _ = open_text(str(path), dir=out, checksums=began)
+    val = tokens_in(kept, "val").tolist()
+    quiet_prepare([path], out=out)
+    text = path.read_bytes()
+    write_text(path, text[:-5] + b"12345")                          # the last tenth: training stays the same
+    quiet_prepare([path], out=out)
+    kept = [tokens_in(folder, "val").tolist() for folder in out.glob("book-byte-old-*")]
+    assert val in kept and tokens_in(out / "book-byte", "val").tobytes().endswith(b"12345")
+
+
+def test_a_run_whose_tokens_are_lost_makes_them_again_or_is_refused(tmp_path):
+    path, out = book(tmp_path), tmp_path / "out"
+    (folder,), _ = open_text(str(path), dir=out)
+    began = sums([folder])
+    shutil.rmtree(folder)
+    assert sums(open_text(str(path), dir=out, checksums=began)[0]) == began
+    shutil.rmtree(folder)
+    edited(path)
+    reason = message(open_text, str(path), dir=out, checksums=began)
+    assert str(path) in reason and "other text" in reason and "train.init_from" in reason
+
+
+# --- texts of one name ---
+
+
+def test_texts_of_one_stem_each_have_a_folder(tmp_path, capsys):
+    out, paths = tmp_path / "out", [book(tmp_path / place, "my.txt", place) for place in ("one ", "two ")]
+    first, = quiet_prepare([paths[0]], out=out)
+    before = stamps(first)
+    second, = quiet_prepare([paths[1]], out=out)
+    assert first.name == "my-byte" and re.fullmatch("my-[0-9a-f]{6}-byte", second.name)
+    for path, folder in zip(paths, (first, second)):
+        assert quiet_prepare([path], out=out) == [folder] == open_text(str(path), dir=out)[0]
+        assert tokens_in(folder).tobytes().startswith(path.read_bytes()[:100])
+    assert stamps(first) == before and open_text("my", dir=out)[0] == [first]
+    assert capsys.readouterr().err == ""
+    assert [folder.name[:2] for folder in quiet_prepare(paths[::-1], "char", out=out)] == ["my", "my"]
+
+
+def test_two_texts_of_one_stem_in_one_call(tmp_path):
+    out, paths = tmp_path / "out", [book(tmp_path / place, "my.txt", place) for place in ("one ", "two ")]
+    folders = quiet_prepare(paths, "bpe", 260, out=out)
+    assert len(set(folders)) == 2 and quiet_prepare(paths[::-1], "bpe", 260, out=out) == folders[::-1]
+    assert open_text([str(path) for path in paths], "bpe", 260, out)[0] == folders
+
+
+def test_one_corpus_by_two_names_is_said(tmp_path, monkeypatch):
+    path = book(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.txt").symlink_to(path)
+    quiet_prepare([path], out="out")
+    for names in (["book.txt", "./book.txt"], ["book.txt", "link.txt"], ["book", str(path)], ["math", "math"]):
+        for call in (partial(quiet_prepare, out="out"), partial(open_text, dir="out")):
+            reason = message(call, names)
+            assert "one corpus" in reason and all(name in reason for name in names)
+
+
+def test_a_folder_prepared_before_is_used_as_it_is(tmp_path):
+    """The header of a prepared folder, key by key: with other keys, every corpus would be prepared
+    again."""
+    path = book(tmp_path)
+    folder, = quiet_prepare([path], out=tmp_path)
+    header = read_header(folder / "train.bin")
+    assert sorted(header["settings"]) == ["label", "max_tokens", "source", "trained_on"]
+    assert header["settings"]["label"] == "book-byte" and header["path"] == str(path)
+    assert re.fullmatch(re.escape(str(path)) + ", state [0-9a-f]{12}", header["settings"]["source"])
+
+
+# --- what could be waited for without end ---
+
+
+def make_special(path, kind):
+    path.parent.mkdir(exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_pipes_and_sockets_are_not_waited_for(kind):
+    with tempfile.TemporaryDirectory() as place:                # the path of a socket must be short
+        place = Path(place)
+        for name in "abc":
+            write_text(place / "texts" / name, f"the text of {name}\n" * 9)
+        make_special(place / "texts" / "special", kind)
+        for name, status, said in (("texts", 0, "skipped 1 of 4"), ("texts/special", 2, "is a pipe, a socket")):
+            program = run_program(name, "--out", "out", cwd=place)
+            try:
+                _, error = program.communicate(timeout=100)
+            finally:
+                program.kill()
+            assert program.returncode == status and said in error
+
+
+def test_a_device_is_refused(tmp_path):
+    assert "device" in message(quiet_prepare, ["/dev/zero"], out=tmp_path)
+
+
+def test_a_folder_above_everything_is_refused(tmp_path, monkeypatch):
+    for i in range(9):
+        write_text(tmp_path / f"texts/{i % 3}/{i}.txt", "text " * 20)
+    monkeypatch.setattr(textfiles, "MOST_FILES", 8)
+    assert "more than 8 files" in message(quiet_prepare, [tmp_path / "texts"], out=tmp_path / "out")
+    assert "more than 8 files" in message(open_text, str(tmp_path / "texts"), dir=tmp_path / "out")
+    assert "more than 8 files" in message(quiet_prepare, ["gsm8k"], source=tmp_path, out=tmp_path / "out")
+    monkeypatch.setattr(textfiles, "MOST_FILES", 9)
+    monkeypatch.setattr(textfiles, "MOST_BYTES", 899)
+    assert "give the folder of your texts" in message(quiet_prepare, [tmp_path / "texts"], out=tmp_path / "out")
+
+
+def test_long_work_says_what_it_is(tmp_path, capsys, monkeypatch):
+    with console.working("nothing yet", False):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(console, "working", partial(console.working, first=0, every=60))
+    path = write_text(tmp_path / "a.txt", "a" * 50_000)
+    prepare([path], "bpe", 1 << 20, out=tmp_path)
+    error = capsys.readouterr().err
+    for what in ("bpe: counting words: ", "bpe: merging to 1048576 tokens: ", "preparing a, train: "):
+        assert what in error
+    prepare([path], "bpe", 1 << 20, out=tmp_path, quiet=True, force=True)
+    assert "so far" not in capsys.readouterr().err
+
+
+# --- which text it was ---
+
+
+def test_what_was_prepared_is_told_by_version_and_checksum(tmp_path, capsys):
+    folder, = prepare(["docs"], out=tmp_path, max_tokens=1000)
+    header, said = read_header(folder / "train.bin"), capsys.readouterr().out
+    assert header["settings"]["source"] == f"Python {'.'.join(map(str, sys.version_info[:3]))}"
+    assert header["settings"]["source"] in said and header["sha256"][:12] in said
+
+
+def test_no_text_is_read_in_the_encoding_of_the_machine(tmp_path):
+    path = book(tmp_path, text="naïve café\n")
+    code = ("import sys, warnings; from data.prepare import main; "
+            "warnings.filterwarnings('error', '', EncodingWarning, 'data'); "
+            "sys.exit(main(sys.argv[1:]))")
+    strict = dict(python=("-X", "warn_default_encoding"), how=("-c", code), cwd=ROOT)
+    for tokenizer in ("byte", "bpe"):
+        program = run_program(path, "--tokenizer", tokenizer, "--vocab_size", 260, "--out", tmp_path, "--quiet",
+                              **strict)
+        assert program.communicate() and program.returncode == 0
+
+
+# --- odd values ---
+
+
+@pytest.mark.parametrize("arguments, hint", [
+    (["a\0b"], "null byte"), (["x" * 5000], "name too long"), ([""], "empty name"),
+    (["math", "--out", "x" * 300], "name too long"), (["math", "--out", "a\0b"], "null byte"),
+    (["math", "--tokenizer", "x" * 5000], "name too long"), (["enwik8", "--from", "a\0b"], "null byte")])
+def test_odd_paths_are_one_line(tmp_path, monkeypatch, capsys, arguments, hint):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and hint in error and len(error) < 400
+
+
+@pytest.mark.parametrize("option", ["--vocab_size", "--max_tokens"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "9" * 400, "1e300", "0.5"])
+def test_odd_numbers_are_refused(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit) as caught:
+        main(["math", option, value, "--out", str(tmp_path)])
+    assert caught.value.code == 2 and option in capsys.readouterr().err
+
+
+def test_numbers_too_large_for_a_corpus_are_refused(tmp_path):
+    assert "max_tokens" in message(open_text, "math", dir=tmp_path, max_tokens=10**300)
+    assert "vocab_size" in message(open_text, "math", "bpe", 10**300, tmp_path)
+
+
+def test_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    book(tmp_path)
+    folder, = quiet_prepare(["~/book.txt"], out="~/out")
+    assert folder == tmp_path / "out/book-byte"
+    shutil.copy(folder / "tokenizer.json", tmp_path / "own.json")
+    assert open_text("~/book.txt", "~/own.json", dir="~/out", checksums=sums([folder]))[0] == [folder]
+    assert open_text("~/book.txt", "~/own.json", dir="~/out")[0] == [folder]
+    write_text(tmp_path / "copy.jsonl", gsm_lines(20))
+    assert quiet_prepare(["gsm8k"], source="~/copy.jsonl", out="~/out")[0].parent == tmp_path / "out"
+
+
+def test_no_control_character_of_a_name_reaches_the_terminal(tmp_path, capsys):
+    odd = "a\x1b[31m\n\u202e\x9bb"
+    good, bad = book(tmp_path / odd, odd + ".txt"), write_text(tmp_path / odd / "bad", b"\0" * 99)
+    for i in range(3):
+        write_text(tmp_path / odd / f"more/{i}", "text " * 9)
+    write_text(tmp_path / odd / "more" / (odd + ".png"), b"\0")
+    arguments = [str(good), str(tmp_path / odd / "more"), "--out", str(tmp_path / odd / "out")]
+    assert main(arguments) == main(arguments) == 0 and main([str(bad), *arguments[-2:]]) == 2
+    said = "".join(capsys.readouterr())
+    assert "\\x1b" in said and "already prepared" in said and "skipped" in said
+    assert all(char.isprintable() or char == "\n" for char in said)
+
+
+def test_weights_without_a_sum_are_refused(corpora):
+    assert "weights" in message(Batches, corpora, [1e308, 1e308, 1.0], 16, 4, 0)
+
+
+# --- permissions ---
+
+
+AS_NOBODY = "\n".join([
+    f"import os, sys; sys.path.insert(0, {str(ROOT)!r})",
+    "from data.prepare import main, prepared; from settings import DataConfig",
+    "if os.getuid() == 0: os.setgroups([]); os.setuid(65534)", ""])
+
+
+@pytest.fixture
+def place():
+    """A folder that every user may enter and write."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+        for path in Path(folder).rglob("*"):                # else an ordinary user could not remove it
+            path.chmod(0o700)
+
+
+def as_nobody(*arguments, cwd, code="sys.exit(main(sys.argv[1:]))"):
+    """(status, stderr) of the program, or of other code, run by a user without special rights."""
+    program = run_program(*arguments, how=("-c", AS_NOBODY + code), cwd=cwd)
+    _, error = program.communicate()
+    return program.returncode, error
+
+
+@pytest.mark.parametrize("closed, hint", [
+    ("texts", "texts: cannot be read: Permission denied; change its permissions"),
+    ("texts/sub", "texts/sub: cannot be read: Permission denied; change its permissions"),
+    ("texts/sub/0.txt", "texts/sub/0.txt: cannot be read: Permission denied; change its permissions"),
+    ("out", "out/.lock: cannot be written: Permission denied; choose another folder: --out, data.dir")])
+def test_what_may_not_be_read_or_written_is_named(place, closed, hint):
+    for i in range(9):
+        write_text(place / f"texts/{'sub' if i % 2 == 0 else 'open'}/{i}.txt", f"text {i} " * 30)
+    (place / "out").mkdir()
+    (place / "out").chmod(0o777)
+    (place / closed).chmod(0o555 if closed == "out" else 0)
+    status, error = as_nobody("texts", "--out", place / "out", cwd=place)
+    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1 and hint in error
+    assert not list((place / "out").rglob("*.bin"))
+
+
+def test_what_is_prepared_can_be_used_where_nothing_may_be_written(place):
+    path, out = book(place), place / "out"
+    open_text(str(path), dir=out)
+    out.chmod(0o555)
+    assert as_nobody(cwd=place, code="prepared(DataConfig(name='book.txt', dir='out'))") == (0, "")
+
+
+def test_one_sentence_for_each_error_of_a_file():
+    for code, done, hint in ((errno.EACCES, "read", "chmod"), (errno.EACCES, "written", "another folder"),
+                             (errno.EROFS, "written", "another folder"), (errno.ENAMETOOLONG, "read", "name"),
+                             (errno.ELOOP, "read", "link")):
+        text = binfile.explain(OSError(code, os.strerror(code)), "/some/file", done=done)
+        assert text.startswith(f"/some/file: cannot be {done}: {os.strerror(code)}; ") and hint in text
+
+
+def test_the_program_is_a_module_too(tmp_path):
+    program = run_program(book(tmp_path), "--out", tmp_path / "out", how=("-m", "data.prepare"), cwd=ROOT)
+    out, error = program.communicate()
+    assert program.returncode == 0 and "book" in out, error
 
 
 # --- batches ---
@@ -763,8 +1117,8 @@ def test_interrupted_by_the_user(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Three corpora of 600, 1000 and 333 training tokens; token i of each is i mod 256, so a window tells
-    where it begins."""
+    """Three corpora of 600, 1000 and 333 training tokens; token i of each is i mod 256, so a window
+    tells where it begins."""
     made = []
     for name, count in (("a", 600), ("b", 1000), ("c", 333)):
         folder = tmp_path_factory.mktemp(name)

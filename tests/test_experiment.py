@@ -1,5 +1,5 @@
-"""Experiments: what a file stands for, runs that fail, stop and go on, verdicts against numbers computed
-by hand."""
+"""Experiments: what a file stands for, runs that fail, stop and go on, verdicts against numbers
+computed by hand."""
 import csv
 import json
 import math
@@ -18,23 +18,25 @@ import pytest
 import torch
 
 import train
-from runtime.config import ConfigError, load_config
 from data.prepare import prepare
 from lab import experiment
-from lab.papers import jobs
-from lab.papers.arms import executable, expand, with_ancestors
-from lab.drawing.curves import thin
-from lab.papers.evaluate import evaluate, routing, use_of_experts
-from lab.experiment import Experiment, read_table
-from lab.papers.expressions import Table, derive
-from lab.papers.figures import experiment_figure
-from lab.papers.fit_claims import judge_test
+from lab.drawing.logs import thin
+from lab.experiment import Experiment
 from lab.laws.laws import Krajewski
+from lab.papers import jobs, overview
+from lab.papers.arms import executable, expand, with_ancestors
+from lab.papers.evaluate import evaluate, routing, use_of_experts
+from lab.papers.expressions import Table, derive
+from lab.papers.figure import experiment_figure
 from lab.papers.spec import read_experiment
-from lab.papers.verdict import HELD, NOT, concerns, judge, read_claims
+from lab.papers.tables import read_table
+from lab.papers.verdict import HELD, NOT, concerns, judge, judge_law, read_claims
+from model import load_config
+from settings import ConfigError
 
 ROOT = Path(__file__).parent.parent
-# What stands in for training where only the runner is looked at: it notes that it ran, and fails if told to.
+# What stands in for training where only the runner is looked at: it notes that it ran, and fails if
+# told to.
 SCRIPT = """
 import json, pathlib, sys, time
 out, loss, *more = sys.argv[1:]
@@ -45,7 +47,8 @@ if "slow" in more:
     time.sleep(0.6)
 if "bad" in more and not pathlib.Path("mended").exists():
     sys.exit("something\\nis broken here")
-(folder / "evaluation.json").write_text(json.dumps(dict(val_loss=float(loss), val_loss_one=2 * float(loss))))
+row = dict(val_loss=float(loss), val_loss_one=2 * float(loss))
+(folder / "evaluation.json").write_text(json.dumps(row))
 """
 FAST = """
 title = "Fast"
@@ -128,12 +131,14 @@ def test_a_failed_arm_takes_only_its_children_down(here, capsys):
     for line in ("## C1: **held**", "## C2: **did not hold**", "## C3: **held**, reported only",
                  "`val_loss[fast-1] < val_loss[fast-2]`: difference -1, standard error",
                  "right in 3 of 3 seeds: held",
-                 "- Why: the numbers are what they are: the runs bear it out.", "(arithmetic, table 1)",
+                 "- Why: the numbers are what they are: the runs bear it out.",
+                 "(arithmetic, table 1)",
                  f"python {here}/script.py runs/fast/cpu/child-0 4"):
         assert line in verdict, line
     assert (here / "results/fast/cpu/figure.png").read_bytes()[1:4] == b"PNG"
     main("fast.toml")
-    assert len(ran(here)) == 12 + 3                                        # the three bad ones ran twice
+    # the three bad ones ran twice
+    assert len(ran(here)) == 12 + 3
 
 
 def test_a_changed_arm_runs_again_with_its_children_only(here, capsys):
@@ -151,18 +156,68 @@ def test_a_changed_arm_runs_again_with_its_children_only(here, capsys):
     assert list(rows_of(here / "elsewhere/cpu")) == [("fast-2", 0)]
 
 
-def test_rows_stay_while_their_settings_do(here):
+def contents(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def test_recorded_rows_are_not_run_again(here, capsys):
     """Results travel with the repository, run folders do not."""
     (here / "mended").write_text("")
     main("fast.toml", "--seeds", 1)
     os.rename(here / "runs", here / "gone")
-    main("fast.toml", "--seeds", 1, "--only", "fast-1")
-    assert len(rows_of(here / "results/fast/cpu")) == 4
-    path = here / "fast.toml"
+    before = contents(here / "results")
+    capsys.readouterr()
+    for words in [], ["--only", "child"]:
+        main("fast.toml", "--seeds", 1, *words)
+        assert capsys.readouterr() == ("nothing to run: results/fast/cpu/verdict.md\n", "")
+    assert contents(here / "results") == before and not (here / "runs").exists()
+
+    path = here / "fast.toml"                                       # one more arm: it alone runs
+    alone = f'[arms.alone]\nmake = "{here}/script.py {{out}} 7"\n[metrics'
+    path.write_text(path.read_text().replace("[metrics", alone))
+    main("fast.toml", "--seeds", 1)
+    assert ran(here) == ["alone-0"] and len(rows_of(here / "results/fast/cpu")) == 5
+
+    # a changed child needs its parents' weights
     path.write_text(path.read_text().replace("{out} 4", "{out} 5"))
+    main("fast.toml", "--seeds", 1, "--only", "alone")
+    assert ran(here) == ["alone-0"]
+    main("fast.toml", "--seeds", 1)
+    assert sorted(ran(here)[1:]) == ["bad-0", "child-0", "fast-1-0", "fast-2-0"]
+    assert rows_of(here / "results/fast/cpu")["child", 0]["val_loss"] == 5
+
+
+def test_rows_of_other_settings_are_dropped(here):
+    (here / "mended").write_text("")
+    main("fast.toml", "--seeds", 1)
+    os.rename(here / "runs", here / "gone")
+    path = here / "fast.toml"
+    path.write_text(path.read_text().replace("{out} 4", "{out} 5").replace("{n}.{seed}",
+                                                                           "1{n}.{seed}"))
     main("fast.toml", "--seeds", 1, "--only", "fast-1")
-    assert ("child", 0) not in rows_of(here / "results/fast/cpu")
-    assert len(rows_of(here / "results/fast/cpu")) == 3
+    assert list(rows_of(here / "results/fast/cpu")) == [("fast-1", 0)]
+
+
+# What is recorded of an experiment, where it is not all of its arms at all of its seeds.
+RECORDED = {"deepseek_moe": ["--only", "shared*"]}
+
+
+def test_nothing_recorded_has_to_run_again(tmp_path, monkeypatch, capsys):
+    """Every row of the results has the key that its arm has today, and no paper's experiment would
+    run."""
+    monkeypatch.chdir(tmp_path)                                     # where there are no run folders
+    for path in sorted((ROOT / "configs/papers").glob("*.toml")):
+        out = ROOT / "results" / path.stem
+        before = contents(out)
+        keys = {(arm.name, arm.seed): arm.key for arm in Experiment(str(path), "cpu").arms}
+        rows = rows_of(out / "cpu")
+        assert rows and {place: row["key"] for place, row in rows.items()} == {p: keys[p]
+                                                                               for p in rows}
+        main(path, "--out", out, *RECORDED.get(path.stem, []))
+        assert capsys.readouterr().out == f"nothing to run: {out}/cpu/verdict.md\n"
+        assert contents(out) == before
+    assert not list(tmp_path.iterdir())
 
 
 def test_killed_without_warning_goes_on(here):
@@ -171,11 +226,13 @@ def test_killed_without_warning_goes_on(here):
     (here / "mended").write_text("")
     process = subprocess.Popen([sys.executable, "-m", "lab.experiment", "fast.toml", "--jobs", "1",
                                 "--seeds", "1"],
-                               stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+                               stderr=subprocess.DEVNULL, env=os.environ
+                               | {"PYTHONPATH": str(ROOT)})
     assert happens(lambda: (here / "results/fast/cpu/runs.csv").exists())
     process.kill()
     process.wait()
-    time.sleep(1)                                                   # what it had started ends by itself
+    # what it had started ends by itself
+    time.sleep(1)
     done = list(rows_of(here / "results/fast/cpu"))
     main("fast.toml", "--jobs", 2, "--seeds", 1)
     assert len(rows_of(here / "results/fast/cpu")) == 4
@@ -198,7 +255,8 @@ def test_list_and_replot_run_nothing(here, capsys):
     (here / "mended").write_text("")
     main("fast.toml", "--seeds", 1)
     folder = here / "results/fast/cpu"
-    (folder / "runs.csv").write_text((folder / "runs.csv").read_text().replace("cpu,1,1,", "cpu,1,1.5,"))
+    (folder / "runs.csv").write_text((folder / "runs.csv").read_text().replace("cpu,1,1,",
+                                                                               "cpu,1,1.5,"))
     (folder / "figure.png").unlink()
     os.rename(here / "runs", here / "gone")
     main("fast.toml", "--replot")
@@ -229,7 +287,8 @@ train.max_steps = 2
 
 @pytest.fixture
 def corpora(here):
-    for name, line in (("one", "def f(x): return x + 1\n"), ("two", "all happy families are alike. ")):
+    for name, line in (("one", "def f(x): return x + 1\n"),
+                       ("two", "all happy families are alike. ")):
         (here / name).write_text(line * 120)
         prepare([str(here / name)], out=here / "prepared", quiet=True)
     (here / "empty.toml").write_text("")
@@ -241,7 +300,8 @@ def test_stopped_training_goes_on_to_the_same_result(corpora, capsys):
     first = corpora / "runs/real/cpu/first-0"
 
     def stop():
-        happens(lambda: (first / "log.csv").exists() and (first / "log.csv").read_text().count("\n") > 5)
+        happens(lambda: (first / "log.csv").exists()
+                and (first / "log.csv").read_text().count("\n") > 5)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop).start()
@@ -254,12 +314,15 @@ def test_stopped_training_goes_on_to_the_same_result(corpora, capsys):
     rows = rows_of(corpora / "results/real/cpu")
     whole, second = Experiment("real.toml", "cpu").arms
     whole.folder = corpora / "whole"
-    assert train.main(whole.arguments()[1:]) == 0                           # undisturbed, to compare
+    # undisturbed, to compare
+    assert train.main(whole.arguments()[1:]) == 0
     row = evaluate(corpora / "whole", ["one", "two"])
-    for name in ("val_loss", "val_loss_one", "val_loss_two", "max_expert_share", "unevenness", "train_loss"):
+    for name in ("val_loss", "val_loss_one", "val_loss_two", "max_expert_share", "unevenness",
+                 "train_loss"):
         assert rows["first", 0][name] == pytest.approx(row[name], rel=1e-6), name
     with open(corpora / "whole/log.csv") as file:
-        assert row["val_loss_one"] == pytest.approx(float(list(csv.DictReader(file))[-1]["val_loss"]),
+        last = list(csv.DictReader(file))[-1]
+        assert row["val_loss_one"] == pytest.approx(float(last["val_loss"]),
                                                     rel=1e-6)
     assert row["val_loss"] == pytest.approx((row["val_loss_one"] + row["val_loss_two"]) / 2)
     assert train.main(executable(second.arguments())[2:]) == 0
@@ -267,7 +330,8 @@ def test_stopped_training_goes_on_to_the_same_result(corpora, capsys):
     assert after["val_loss_two"] < row["val_loss_two"]
     known = [dict(arm="second", seed=0, tokens=after["tokens"]), rows["first", 0]]
     assert Experiment("real.toml", "cpu").tokens_total(known[0], known) == 64 + 150 * 32
-    points = [row for row in read_table(corpora / "results/real/cpu/curves.csv") if row["arm"] == "first"]
+    points = [row for row in read_table(corpora / "results/real/cpu/curves.csv")
+              if row["arm"] == "first"]
     assert 50 <= len(points) <= 100 and points[-1]["step"] == 150 and "val_loss" in points[0]
     path = read_table(corpora / "results/real/cpu/routing.csv")
     assert sum(row["share"] for row in path
@@ -276,9 +340,12 @@ def test_stopped_training_goes_on_to_the_same_result(corpora, capsys):
     arm = Experiment("real.toml", "cpu").arms[0]
     assert jobs.is_done(arm, jobs.read_record(arm))
     text = (corpora / "real.toml").read_text()
-    (corpora / "real.toml").write_text(text.replace('evaluate = ["one", "two"]', 'evaluate = ["two"]'))
-    arm = Experiment("real.toml", "cpu").arms[0]                    # other corpora: trained, not evaluated
-    assert jobs.is_trained(arm, jobs.read_record(arm)) and not jobs.is_done(arm, jobs.read_record(arm))
+    (corpora / "real.toml").write_text(text.replace('evaluate = ["one", "two"]',
+                                                    'evaluate = ["two"]'))
+    # other corpora: trained, not evaluated
+    arm = Experiment("real.toml", "cpu").arms[0]
+    assert jobs.is_trained(arm, jobs.read_record(arm)) and not jobs.is_done(arm,
+                                                                            jobs.read_record(arm))
 
 
 def test_two_runners_do_not_share_a_folder(here, capsys):
@@ -323,21 +390,25 @@ sizes = ["cpu"]
 
 def test_grid_settings_and_seeds(here):
     arms = {arm.label: arm for arm in arms_of(GRID, here)}
-    assert list(arms)[:6] == ["moe-4-a-0", "moe-4-b-0", "moe-8-a-0", "moe-8-b-0", "foreign-0", "late-0"]
+    assert list(arms)[:6] == ["moe-4-a-0", "moe-4-b-0", "moe-8-a-0", "moe-8-b-0", "foreign-0",
+                              "late-0"]
     arm = arms["moe-8-b-1"]
     assert arm.columns == {"n_expert": 8, "word": "b", "family": "moe"} and arm.steps == 6
     assert arm.folder == Path("runs/x/cpu/moe-8-b-1") and arm.config == "configs/dense.toml"
-    wanted = {"train.max_steps": "6", "model.n_embd": "32", "ffn.n_expert": "8", "data.name": "/corpus/b",
+    wanted = {"train.max_steps": "6", "model.n_embd": "32", "ffn.n_expert": "8",
+              "data.name": "/corpus/b",
               "train.seed": "1", "data.seed": "1", "train.lr": "0.001", "train.keep": "last"}
     assert wanted.items() <= arm.settings.items() and "word" not in str(arm.settings)
     assert arms["foreign-1"].settings["train.seed"] == "11" and arms["foreign-1"].steps == 5
-    assert arms["foreign-1"].columns == {"n_expert": 2} and not arms["late-1"].columns  # in grids of others
+    # in grids of others
+    assert arms["foreign-1"].columns == {"n_expert": 2} and not arms["late-1"].columns
     late = arms["late-1"]
     assert late.settings["train.init_from"] == "runs/x/cpu/moe-4-a-1"
     assert late.config == "configs/continue.toml"
     assert not any(key.startswith("model.") for key in late.settings)
     assert late.settings["ffn.balance_loss"] == "0.1"
-    dense = load_config(ROOT / "configs/dense.toml")                        # its [train] goes on as before
+    # its [train] goes on as before
+    dense = load_config(ROOT / "configs/dense.toml")
     assert late.settings["train.batch_size"] == str(dense.train.batch_size)
     assert [arm.name for arm in arms_of(GRID, here, "gpu", [0])] == ["moe-64-a", "foreign"]
     assert [arm.label for arm in with_ancestors(list(arms.values()), ["late"], "")] == [
@@ -346,13 +417,15 @@ def test_grid_settings_and_seeds(here):
 
 def test_keys_change_with_what_is_learned_and_with_nothing_else(here):
     def keys(old="", new=""):
-        return {arm.label: arm.key for arm in arms_of(GRID.replace(old, new) if old else GRID, here)}
+        return {arm.label: arm.key for arm in arms_of(GRID.replace(old, new) if old else GRID,
+                                                      here)}
 
     whole = keys()
     assert len(set(whole.values())) == len(whole)
     changed = keys("grid = { ffn.n_expert = [4, 8]",
                    "ffn.top_k = 1\nffn.router = \"switch\"\ngrid = { ffn.n_expert = [4, 8]")
-    assert {label for label in whole if whole[label] == changed[label]} == {"foreign-0", "foreign-1"}
+    assert {label for label in whole if whole[label] == changed[label]} == {"foreign-0",
+                                                                            "foreign-1"}
     assert keys('family = "moe"', 'family = "other"') == whole
     assert keys("train.max_steps = 7", "train.max_steps = 7\ndata.dir = \"elsewhere\"") == whole
 
@@ -371,13 +444,16 @@ def test_keys_change_with_what_is_learned_and_with_nothing_else(here):
      ["model.n_layer comes from bad"]),
     ("from = \"fast-1\"", "from = \"fast-3\"",
      ["bad comes from fast-3, which does not exist", "did you mean fast-"]),
-    ("from = \"fast-1\"", "from = \"child\"", ["the arms bad, child come from one another in a circle"]),
+    ("from = \"fast-1\"", "from = \"child\"",
+     ["the arms bad, child come from one another in a circle"]),
     ("[arms.\"fast-{n}\"]", "[arms.\"fast-{m}\"]", ["has no m to fill in"]),
     ("[arms.\"fast-{n}\"]", "[arms.fast]", ["two arms are called fast"]),
-    ("fast-1 < fast-2", "fast-1 < fast-7", ["[claims.C1]", "there is no arm fast-7", "did you mean fast-"]),
+    ("fast-1 < fast-2", "fast-1 < fast-7", ["[claims.C1]", "there is no arm fast-7",
+                                            "did you mean fast-"]),
     ("val_loss: fast-1 < fast-2", "val_loss[fast-1]", ["compares nothing"]),
     ("val_loss: fast-1 < fast-2", "val_loss[fast-*] < 1", ["a * stands for several arms"]),
-    ("val_loss: fast-1 < fast-2", "__import__('os').remove('x') < 1", ["[claims.C1]", "neither column[arm]"]),
+    ("val_loss: fast-1 < fast-2", "__import__('os').remove('x') < 1",
+     ["[claims.C1]", "neither column[arm]"]),
     ("val_loss: fast-1 < fast-2", "val_loss[fast-1] < = 2", ["no inequality"]),
     ("reason_test = \"val_loss[fast-2] > 1\"", "", ["a reason needs a reason_test"]),
     ("source = \"nowhere\"\ntest = \"val_loss[child] > 3\"", "test = \"val_loss[child] > 3\"",
@@ -410,7 +486,8 @@ def test_options_that_make_no_sense(here, capsys):
         assert text in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/papers").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/papers").glob("*.toml")),
+                         ids=lambda path: path.stem)
 def test_the_papers_experiments_are_well_formed(path):
     for size in ("cpu", "gpu"):
         assert len(Experiment(str(path), size).seeds) >= 3
@@ -420,7 +497,8 @@ def test_the_papers_experiments_are_well_formed(path):
 
 def table(**columns):
     """A Table of val_loss by arm: a=[loss of seed 0, of seed 1, ...]."""
-    return Table([dict(arm=arm, seed=seed, val_loss=v, other=10 * v) for arm, values in columns.items()
+    return Table([dict(arm=arm, seed=seed, val_loss=v, other=10 * v)
+                  for arm, values in columns.items()
                   for seed, v in enumerate(values)])
 
 
@@ -428,19 +506,25 @@ def test_verdict_by_hand():
     """Differences -.3, -.1, -.2: mean -.2, standard deviation .1, standard error .1 / sqrt 3."""
     t = table(a=[1.0, 2.0, 3.0], b=[1.3, 2.1, 3.2])
     (pair,), verdict = judge("val_loss[a] < val_loss[b]", t)
-    assert verdict == HELD and pair.text == "val_loss[a] < val_loss[b]" and (pair.right, pair.n) == (3, 3)
+    assert verdict == HELD and pair.text == "val_loss[a] < val_loss[b]" and (pair.right,
+                                                                             pair.n) == (3, 3)
     assert pair.mean == pytest.approx(-0.2) and pair.error == pytest.approx(0.1 / math.sqrt(3))
     assert judge("val_loss[a] > val_loss[b]", t)[1] == NOT
     assert judge("val_loss: a < b", t)[1] == HELD
-    assert judge("val_loss[a] < val_loss[b] - 0.15", t)[1] == "undecided"       # the second seed is too close
-    assert judge("other[b] - other[a] > 0.9", t)[1] == "undecided"              # 1.1 +- 0.58: not two errors
+    # the second seed is too close
+    assert judge("val_loss[a] < val_loss[b] - 0.15", t)[1] == "undecided"
+    # 1.1 +- 0.58: not two errors
+    assert judge("other[b] - other[a] > 0.9", t)[1] == "undecided"
     assert judge("val_loss[a] == val_loss[b]", t)[1] == NOT
     assert judge("val_loss[a] < val_loss[b]", table(a=[1, 2], b=[2, 3]))[1] == "undecided (2 seeds)"
-    assert judge("val_loss[a] < val_loss[b]", table(a=[1.0, 1.0, 1.0, 0.0], b=[1.1, 1.3, 1.2]))[0][0].n == 3
+    assert judge("val_loss[a] < val_loss[b]",
+                 table(a=[1.0, 1.0, 1.0, 0.0], b=[1.1, 1.3, 1.2]))[0][0].n == 3
     assert judge("val_loss[a] == val_loss[b]", table(a=[1, 2, 3], b=[1.1, 1.9, 3.05]))[1] == HELD
-    assert judge("val_loss[a] < val_loss[b]", table(a=[1, 2, 3], b=[1.1, 1.9, 3.05]))[1] == "undecided"
+    assert judge("val_loss[a] < val_loss[b]",
+                 table(a=[1, 2, 3], b=[1.1, 1.9, 3.05]))[1] == "undecided"
     # one seed's doing
-    assert judge("val_loss[a] < val_loss[b]", table(a=[1, 1, 1], b=[1.01, 1.01, 9]))[1] == "undecided"
+    assert judge("val_loss[a] < val_loss[b]",
+                 table(a=[1, 1, 1], b=[1.01, 1.01, 9]))[1] == "undecided"
 
 
 def test_chains_lists_and_arithmetic():
@@ -450,7 +534,8 @@ def test_chains_lists_and_arithmetic():
     assert judge(["val_loss: x-1 < x-2", "val_loss: x-3 < x-2"], t)[1] == HELD
     assert judge("max(val_loss[x-*]) - min(val_loss[x-*]) > 0.9", t)[0][0].mean == pytest.approx(
         (0.1 + 0.6 + 0.1) / 3)
-    assert judge("mean(val_loss[x-1], val_loss[x-2]) == val_loss[x-3]", t)[0][0].mean == pytest.approx(
+    assert judge("mean(val_loss[x-1], val_loss[x-2]) == val_loss[x-3]",
+                 t)[0][0].mean == pytest.approx(
         0.25 / 3)
     assert judge("-2 * abs(val_loss[x-1] - val_loss[x-2]) / 4 < log(2.0)", t)[1] == HELD
     assert judge("val_loss[nobody] < 1", t)[1] == "undecided (nobody has no val_loss)"
@@ -465,13 +550,16 @@ def test_reach_is_interpolated_between_evaluations():
     t = Table(rows, curves)
     assert t.reach("fast", "slow", 0) == pytest.approx(150 / 400)
     assert judge("reach(fast, slow) < 0.7", t)[1] == HELD
-    t.rows["slow", 0]["val_loss"] = t.rows["slow", 1]["val_loss"] = t.rows["slow", 2]["val_loss"] = 0.5
+    t.rows["slow", 0]["val_loss"] = t.rows["slow", 1]["val_loss"] = t.rows["slow",
+                                                                           2]["val_loss"] = 0.5
     assert judge("reach(fast, slow) < 0.7", t)[1] == NOT                        # never reached
 
 
 def test_derived_columns():
-    rows = [dict(arm=f"{phase}-kl", seed=0, val_loss_one=loss) for phase, loss in (("p1", 1.0), ("p2", 1.4))]
-    derive({"p2-{m}": {"forgetting": "val_loss_one[p2-{m}] - val_loss_one[p1-{m}]"}}, rows, [], "x.toml")
+    rows = [dict(arm=f"{phase}-kl", seed=0, val_loss_one=loss)
+            for phase, loss in (("p1", 1.0), ("p2", 1.4))]
+    derive({"p2-{m}": {"forgetting": "val_loss_one[p2-{m}] - val_loss_one[p1-{m}]"}}, rows, [],
+           "x.toml")
     assert rows[1]["forgetting"] == pytest.approx(0.4) and "forgetting" not in rows[0]
 
 
@@ -495,16 +583,18 @@ def test_claims_about_a_fit():
                           identified=dict.fromkeys(law._fields, True) | {"c": False},
                           rmse=0.01, held_out=0.02, held_out_without=0.05)
     for test, verdict in (("gamma > 0", HELD), ("gamma < 0.3", NOT), ("gamma > 0.5", "undecided"),
-                          ("alpha > 0", "undecided"), ("gamma - 0.3 > 0", HELD), ("held_out < 0.03", HELD),
+                          ("alpha > 0", "undecided"), ("gamma - 0.3 > 0", HELD),
+                          ("held_out < 0.03", HELD),
                           ("held_out < 0.3 * held_out_without", NOT),
                           ("c > 0", "undecided (these runs do not identify c)")):
-        assert judge_test(test, "krajewski", fit)[2] == verdict, test
-    low, high, _ = judge_test("gamma > 0", "krajewski", fit)
+        assert judge_law(test, "krajewski", fit)[2] == verdict, test
+    low, high, _ = judge_law("gamma > 0", "krajewski", fit)
     assert (low, high) == pytest.approx((0.405, 0.595))
     for test, text in (("gama > 0", "did you mean gamma?"), ("gamma", "no inequality"),
                        ("gamma > f(1)", "unknown f")):
         with pytest.raises(ConfigError, match=re.escape(text)):
-            read_claims({"claims": {"K": dict(says="x", source="y", test=test, fit="krajewski")}}, set(),
+            read_claims({"claims": {"K": dict(says="x", source="y", test=test, fit="krajewski")}},
+                        set(),
                         "x.toml")
 
 
@@ -517,20 +607,24 @@ def test_use_of_experts_and_routing_by_hand():
     assert row["experts_used"] == pytest.approx(2 / 3)
     assert row["unevenness"] == pytest.approx(math.log(3) - math.log(2))
     row = routing(loads, ["one", "two"])
-    assert row["diagonal"] == pytest.approx(0.5) and row["routing"][0] == [1, "one", [0.75, 0.25, 0.0]]
+    assert row["diagonal"] == pytest.approx(0.5) and row["routing"][0] == [1, "one",
+                                                                           [0.75, 0.25, 0.0]]
     assert row["specialisation"] == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert routing({1: dict(reversed(loads[1].items()))}, ["two", "one"])["diagonal"] == pytest.approx(-0.5)
+    assert routing({1: dict(reversed(loads[1].items()))},
+                   ["two", "one"])["diagonal"] == pytest.approx(-0.5)
 
 
 def test_curves_are_thinned_but_keep_evaluations(tmp_path):
     lines = ["step,tokens,seconds,loss,val_loss"]
-    lines += [f"{s},{10 * s},{s / 2},{1000 - s},{s if s in (0, 333, 1000) else ''}" for s in range(1001)]
+    lines += [f"{s},{10 * s},{s / 2},{1000 - s},{s if s in (0, 333, 1000) else ''}"
+              for s in range(1001)]
     (tmp_path / "log.csv").write_text("\n".join(lines) + "\n77,cut off")
     rows = thin(tmp_path / "log.csv")
     assert len(rows) == 51 and rows[-1]["step"] == 1000 and rows[-1]["tokens"] == 10000
     assert [(row["step"], row["val_loss"]) for row in rows if row["val_loss"] is not None] == [
         (0, 0), (333, 333), (1000, 1000)]
-    assert rows[20]["loss"] == pytest.approx(1000 - rows[20]["step"])           # a mean, without a lag
+    # a mean, without a lag
+    assert rows[20]["loss"] == pytest.approx(1000 - rows[20]["step"])
 
 
 def test_every_kind_of_panel_draws():
@@ -547,13 +641,16 @@ def test_every_kind_of_panel_draws():
               dict(kind="bars", y="val_loss"), dict(kind="bars", y="gap", labels={"m-1": "one"}),
               dict(kind="curves", x="flops", y="loss"),
               dict(kind="matrix", columns=["val_loss_one", "val_loss_two"]),
-              dict(kind="routing", arm="m-1"), dict(kind="scatter", x="gap", y="val_loss", ylabel="mine")]
+              dict(kind="routing", arm="m-1"),
+              dict(kind="scatter", x="gap", y="val_loss", ylabel="mine")]
     figure = experiment_figure(panels, "title", "a caption " * 40, rows, curves, routes)
     lines, close, far, curve, matrix, routed, scatter, *_ = figure.axes
     assert lines.get_xlabel() == "n" and lines.get_ylabel() == "validation loss (nats per token)"
     assert [t.get_text() for t in lines.get_legend().get_texts()] == ["m-4", "odd", "even"]
-    assert not close.patches and len(far.patches) == 4 and far.get_yticklabels()[0].get_text() == "one"
-    assert list(curve.lines[0].get_xdata()) == [3000, 6000, 9000]               # 3 x 100 FLOPs x tokens
+    assert not close.patches and len(far.patches) == 4
+    assert far.get_yticklabels()[0].get_text() == "one"
+    # 3 x 100 FLOPs x tokens
+    assert list(curve.lines[0].get_xdata()) == [3000, 6000, 9000]
     assert [t.get_text() for t in matrix.texts[:2]] == ["1.000", "1.000"] and len(routed.texts) == 4
     assert scatter.get_ylabel() == "mine" and "a caption" in figure.get_supxlabel()
     figure.canvas.draw()
@@ -563,5 +660,36 @@ def test_bars_of_several_columns_of_one_arm():
     rows = [dict(arm=arm, seed=s, a=1.0 + s, b=10.0) for arm in ("one", "two") for s in range(3)]
     panel = dict(kind="bars", y="rise", columns=["a", "b"], arms=["one"], labels={"a": "first"})
     ax = experiment_figure([panel], "title", "", rows, [], []).axes[0]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["first", "b"] and ax.get_xlabel() == "rise"
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["first",
+                                                            "b"] and ax.get_xlabel() == "rise"
     assert [bar.get_width() for bar in ax.patches] == [2.0, 10.0]
+
+
+# --- the page of all results ---
+
+def test_the_page_of_results_is_what_its_command_writes(tmp_path, capsys):
+    results = ROOT / "results"
+    assert (results / "README.md").read_text() == overview.page(results)
+    for folder in [results, *(path for path in results.rglob("*") if path.is_dir())]:
+        (tmp_path / "copy" / folder.relative_to(results)).mkdir(parents=True)
+    for path in [*results.glob("*.json"), *results.glob("*.csv"), *results.rglob("verdict.md")]:
+        (tmp_path / "copy" / path.relative_to(results)).write_text(path.read_text())
+    assert overview.main(["--results", str(tmp_path / "copy")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/copy/README.md\n"
+    assert (tmp_path / "copy/README.md").read_text() == (results / "README.md").read_text()
+
+
+def test_the_page_of_results_has_every_claim_and_only_links_that_lead_somewhere():
+    results, text = ROOT / "results", (ROOT / "results/README.md").read_text()
+    for path in results.rglob("verdict.md"):
+        headings = re.findall(r"^## (\S+): (\*\*.*)$", path.read_text(), re.MULTILINE)
+        folder = path.parent.relative_to(results).as_posix()
+        for key, verdict in headings:
+            assert re.search(rf"\| \[{re.escape(key)}\]\({folder}/verdict.md#\S+\) \| "
+                             rf"{re.escape(verdict)} \|",
+                             text), (folder, key)
+        assert text.count(f"]({folder}/verdict.md#") == len(headings) > 0
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert (results / link).exists(), link
+    assert overview.anchor("M5-fine: **undecided (3 seeds)**, reported only") == \
+        "m5-fine-undecided-3-seeds-reported-only"

@@ -6,18 +6,17 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import LEARNED, batch_of, config_of, model_of
 
-from runtime import checkpoint
-from grow import lifelong
-from grow import retain
 import train
-from runtime.config import ConfigError, load_config, resolve
 from data.batches import Batches
 from data.prepare import prepare
-from model import GPT
+from grow import lifelong, retain
+from model import GPT, load_config, load_model, resolve
+from runtime import checkpoint
 from sample import sample_text
-from settings import ONE_EXPERT
-from tiny import LEARNED, batch_of, config_of, model_of
+from settings import ConfigError
+from tiny import ONE_EXPERT
 
 TINY = {"model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "model.block_size": 16, "ffn.d_ff": 16,
         "ffn.n_expert": 4}
@@ -59,8 +58,9 @@ def trainer_of(home, origin, **settings):
     keys |= settings
     config = load_config(None, [(k, str(v)) for k, v in keys.items()])
     config.train.dtype = "float32"
-    saved = checkpoint.load_init(config, home)
-    folders, tokenizer = train.find_or_prepare("two", "byte", 4096, home / "prepared", 0, True)
+    saved = checkpoint.load_plain(home / origin)
+    checkpoint.adopt(config, saved, origin)
+    folders, tokenizer = train.prepared(config.data)
     trainer = train.Trainer(config, folders, tokenizer, torch.device("cpu"))
     checkpoint.load_weights(trainer.model, saved.model | retain.adapters(trainer.model), origin)
     return trainer
@@ -86,6 +86,8 @@ def test_frozen_experts_and_routes_are_bit_identical_after_decay_and_stale_momen
     for _ in range(3):
         trainer.step()
     trainer.config.ffn.n_frozen = 2
+    for block in trainer.model.blocks:
+        block.ffn.n_frozen = 2
     trainer.past.rows = retain.frozen_rows(trainer.model, trainer.config.ffn)
     before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
     for _ in range(3):
@@ -194,8 +196,8 @@ def test_copies_are_of_distinct_experts_and_their_routes_do_not_tie(home):
 def test_expand_makes_a_run_folder_and_says_what_changed(home, tmp_path, capsys):
     assert lifelong.main(["expand", str(home / "old"), "--add", "2", "--out", str(tmp_path / "six")]) == 0
     said = capsys.readouterr().out
-    old, _, _, _ = checkpoint.load_model(home / "old")
-    model, config, tokenizer, header = checkpoint.load_model(tmp_path / "six")
+    old, _, _, _ = load_model(home / "old")
+    model, config, tokenizer, header = load_model(tmp_path / "six")
     f, ancestry = config.ffn, header["ancestry"]
     assert (f.n_expert, f.n_frozen, f.frozen_routes, f.balance) == (6, 4, True, "none")
     assert ancestry["kind"] == "expand" and ancestry["parents"][0]["run"] == str(home / "old")
@@ -210,7 +212,7 @@ def test_expand_makes_a_run_folder_and_says_what_changed(home, tmp_path, capsys)
     # and it is like any other: it samples, resumes, is expanded again, and starts another run
     assert isinstance(sample_text(model, tokenizer, tokens=5), str)
     lifelong.expand(tmp_path / "six", 2, tmp_path / "eight")
-    _, config, _, header = checkpoint.load_model(tmp_path / "eight")
+    _, config, _, header = load_model(tmp_path / "eight")
     assert (config.ffn.n_expert, config.ffn.n_frozen) == (8, 6)
     assert header["ancestry"]["parents"][0]["kind"] == "expand"
     assert train.main(["--out", str(tmp_path / "six"), "--resume", "--quiet"]) == 0
@@ -220,7 +222,7 @@ def test_expand_makes_a_run_folder_and_says_what_changed(home, tmp_path, capsys)
 def test_expand_of_split_experts_counts_before_the_split(home, tmp_path):
     run(home, tmp_path / "split", **TINY | {"ffn.granularity": 2, "train.max_steps": 1})
     lifelong.expand(tmp_path / "split", 1, tmp_path / "out", say=lambda text: None)
-    config = checkpoint.load_model(tmp_path / "out")[1]
+    config = load_model(tmp_path / "out")[1]
     assert (config.ffn.n_expert, config.ffn.experts, config.ffn.n_frozen) == (5, 10, 8)
 
 
@@ -241,9 +243,9 @@ def test_without_its_corpus_the_divergence_is_of_random_tokens_and_says_so(home,
     ({"ffn.n_groups": 2}, "would change groups"),
     ({"ffn.router": "domain", "ffn.top_k": 1, "data.name": "a,b,c,d"}, "new corpus")])
 def test_models_that_cannot_be_expanded_are_refused_with_the_reason(settings, wanted):
-    config = load_config(None, [(k, str(v)) for k, v in (TINY | settings).items()])
+    model = GPT(load_config(None, TINY | settings | {"model.vocab_size": 32}))
     with pytest.raises(ConfigError, match=wanted):
-        lifelong.refuse(resolve(config))
+        lifelong.refuse(model)
 
 
 def test_expand_refuses_what_would_overwrite(home, tmp_path, capsys):
@@ -282,7 +284,7 @@ def test_the_objective_holds_both_terms_once_and_no_reported_loss_does(home):
     with torch.no_grad():
         held.model.embedding.weight += 0.01
         plain.model.embedding.weight += 0.01
-    old = checkpoint.load_model(home / "old")[0]
+    old = load_model(home / "old")[0]
     assert held.past.folder == home / "old"
     x = torch.cat([held.batches.batch(0, micro, 2)[0] for micro in range(2)])
     with torch.no_grad():
@@ -363,7 +365,7 @@ LORA = {"lifelong.lora_rank": 3, "lifelong.lora_alpha": 6.0, "train.lr": 0.05}
 @pytest.mark.parametrize("origin", ["dense", "old"])
 def test_adapters_start_as_the_model_learn_alone_and_fold_away(origin, home, tmp_path):
     trainer = trainer_of(home, origin, **LORA)
-    old, _, tokenizer, _ = checkpoint.load_model(home / origin)
+    old, _, tokenizer, _ = load_model(home / origin)
     x = batch_of(T=16)[0]
     assert torch.equal(trainer.model.eval()(x).logits, old(x).logits)
     learning = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -373,8 +375,8 @@ def test_adapters_start_as_the_model_learn_alone_and_fold_away(origin, home, tmp
         trainer.step()
     trained, before = trainer.model.state_dict(), old.state_dict()
     assert all(torch.equal(trained[n], t) for n, t in before.items())
-    trainer.save(tmp_path)
-    plain, config, _, _ = checkpoint.load_model(tmp_path, which="last")
+    checkpoint.save_run(tmp_path, trainer)
+    plain, config, _, _ = load_model(tmp_path, which="last")
     folded = plain.state_dict()
     moved = {n for n in before if not torch.equal(folded[n], before[n])}
     assert moved == {n.replace(".lora_a", ".weight") for n in learning if n.endswith("a")}
@@ -432,5 +434,5 @@ def test_resume_without_the_old_model_says_what_is_missing_and_takes_another_pla
     again = ["--out", str(tmp_path / "run"), "--resume", "--quiet", "--train.max_steps", "5"]
     assert train.main(again) == 1
     error = capsys.readouterr().err
-    assert "grown: no run is there" in error and "--lifelong.teacher" in error and error.count("\n") == 1
+    assert "grown: no run is there" in error and "--lifelong.teacher" in error and error.count("error:") == 1
     assert train.main([*again, "--lifelong.teacher", str(home / "old")]) == 0

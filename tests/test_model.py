@@ -5,21 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import KINDS, LEARNED, ONE_EXPERT, ROUTERS, batch_of, config_of, model_of, run
 
-from runtime.config import all_fields, load_config, sparse_layers
-from model import GPT, Cache, NormOnCPU, RMSNorm, rotary_table, rotate
-from moe import Dense, MoE
-from settings import ONE_EXPERT
-from tiny import KINDS, LEARNED, ROUTERS, batch_of, config_of, model_of, run
+from balance import policy_loss
+from ffn import Dense
+from kernels.norm import NormOnCPU
+from model import GPT, Cache, RMSNorm, load_config, rotary_table, rotate, sparse_layers
+from moe import MoE
+from runtime.config import all_fields
 
 ROOT = Path(__file__).parent.parent
 SPARSE = [kind for kind in KINDS if kind != "dense"]
 V = 32
 
 
-def says(kind, words):
-    """Whether the router's text in config.ROUTERS contains `words`."""
-    return words in ROUTERS.get(kind, "")
+def looks(kind, where):
+    """When the router, if the kind is one, looks "ahead" or "across": "", "in training" or "always"."""
+    return getattr(ROUTERS[kind].traits, where) if kind in ROUTERS else ""
 
 
 def logits(model, idx, seed=7, **more):
@@ -89,7 +91,7 @@ def test_training_is_causal_where_no_label_says_otherwise(kind):
         a = logits(model, idx, domain=domain)
         b = logits(model, with_changed_future(idx, t), domain=domain)
         leak = max(leak, float((a[:, :t + 1] - b[:, :t + 1]).abs().max()))
-    assert (leak > 1e-3) == says(kind, "ahead") and (leak < 1e-5 or leak > 1e-3)
+    assert (leak > 1e-3) == bool(looks(kind, "ahead")) and (leak < 1e-5 or leak > 1e-3)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -102,7 +104,7 @@ def test_batch_neighbours_matter_only_where_the_label_says_so(kind, train):
     model = model_of(kind, {"ffn.query_norm": "layernorm"}).train(train)
     a, b = (logits(model, tokens, domain=domain)[0] for tokens in (idx, other))
     change = float((a - b).abs().max())
-    labelled = says(kind, "across the batch") and (train or says(kind, "always"))
+    labelled = looks(kind, "across") == "always" or train and looks(kind, "across") == "in training"
     assert (change > 1e-3) == labelled and (change < 1e-5 or change > 1e-3)
 
 
@@ -161,7 +163,7 @@ def test_loss_is_cross_entropy_alone_and_aux_is_counted_once(kind):
     assert torch.equal(a.loss, b.loss) and torch.equal(a.logits, b.logits)
     assert float(a.aux_loss) == 0
     layers = sum(s.aux_loss for s in b.stats)
-    policy = loaded.policy_loss(b.stats, F.cross_entropy(b.logits.mT, targets, reduction="none"))
+    policy = policy_loss(b.stats, F.cross_entropy(b.logits.mT, targets, reduction="none"), 0.01)
     torch.testing.assert_close(b.aux_loss, layers + policy)
     assert (b.aux_loss.item() != 0) == (kind in LEARNED)
     if kind in LEARNED and kind != "noisy_topk":
@@ -266,7 +268,7 @@ def test_more_than_block_size_is_an_error():
 
 def test_cache_is_preallocated_for_the_kv_heads_only():
     cache = model_of("dense", {"model.n_kv_head": 1}).new_cache(3)
-    assert isinstance(cache, Cache) and cache.k.shape == cache.v.shape == (2, 3, 1, 12, 8)
+    assert isinstance(cache, Cache) and [state.shape for state in cache.states] == 2 * [(2, 3, 1, 12, 8)]
 
 
 # ---- attention

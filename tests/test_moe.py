@@ -7,14 +7,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import ROUTERS, batch_of, config_of
 
 import moe
 from balance import expert_counts
+from ffn import Context
+from kernels import common
 from kernels.common import INTERPRETED, use_triton
-from moe import (DISPATCH, Experts, ExpertByExpert, GroupedExperts, MoE, choose_dispatch, dispatch_fused,
-                 dispatch_grouped, dispatch_loop, dispatch_padded, limit_capacity)
-from routers import Context, Routing, pairs
-from tiny import ROUTERS, batch_of, config_of
+from kernels.moe import ExpertByExpert, GroupedExperts
+from moe import (DISPATCH, Experts, MoE, choose_dispatch, dispatch_grouped, dispatch_loop, dispatch_padded, limit_capacity)
+from routers import Routing, pairs
 
 ACTIVATIONS = ["gelu", "relu", "relu2", "swiglu"]
 
@@ -86,7 +88,7 @@ def grouped_by(function, fused=False):
 PATHS = {"loop": (dispatch_loop, torch.float64, 1e-12), "padded": (dispatch_padded, torch.float64, 1e-12),
          "expert_by_expert": (grouped_by(ExpertByExpert), torch.float64, 1e-12),
          "grouped": (grouped_by(GroupedExperts), torch.float32, 1e-5),
-         "fused": (dispatch_fused, torch.float32, 1e-5)}
+         "fused": (DISPATCH["fused"], torch.float32, 1e-5)}
 ON_CPU = [path for path in DISPATCH if path != "fused" or use_triton(torch.zeros(1))]       # of a whole layer
 CASES = {                                                   # name: (E, k, experts that get tokens)
     "spread": (4, 2, range(4)), "one expert has everything": (4, 1, [2]),
@@ -232,7 +234,7 @@ def test_auto_takes_the_grouped_path_on_cpu_and_the_loop_for_odd_widths(dtype, d
 
 
 def test_fused_refuses_where_there_is_no_triton(monkeypatch):
-    monkeypatch.setattr(moe, "use_triton", lambda x: False)
+    monkeypatch.setattr(common, "use_triton", lambda x: False)
     with pytest.raises(ValueError, match="CUDA"):
         choose_dispatch("fused", experts_of(2, 16, 16), torch.zeros(3, 16))
 

@@ -16,12 +16,11 @@ from test_train import ROOT, TINY, rows, weights
 from tiny import KINDS as TINY_KINDS
 from tiny import batch_of, model_of
 
-from runtime import checkpoint
-from runtime import parallel
 import train
-from runtime.config import load_config
 from data.prepare import prepare
-from settings import DIFFERS, ROUTERS
+from model import load_config, load_model
+from runtime import checkpoint, parallel
+from routers import DIFFERS, ROUTERS
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not Path("/proc/self/task").exists(),
                                 reason="needs torch.distributed and /proc")
@@ -147,9 +146,9 @@ def test_every_parameter_gets_a_gradient(kind):
 
 def test_labels_of_routers(results):
     """A router without the label is among those that were compared."""
-    alike = {r for r, text in ROUTERS.items() if DIFFERS not in text}
+    alike = {name for name, router in ROUTERS.items() if not router.traits.differs()}
     assert alike | {"switch"} == {settings.get("ffn.router", "topk") for settings in KINDS.values()}
-    assert "jitter > 0" in ROUTERS["switch"]
+    assert ROUTERS["switch"].traits.noise                   # but not with ffn.jitter = 0, as above
 
 
 def test_what_differs_is_said_once(results):
@@ -179,7 +178,7 @@ def test_a_checkpoint_goes_on_with_any_number_of_processes(folder, results):
 
 def test_an_fsdp_checkpoint_is_one_plain_file(folder, results):
     """Same tensors, types, size and use as one that a single process wrote; tied weights are in it once."""
-    model, config, _, header = checkpoint.load_model(folder / "topk fsdp")
+    model, config, _, header = load_model(folder / "topk fsdp")
     assert header["step"] == 6 and config.train.parallel == "fsdp"
     assert model(torch.zeros(1, 4, dtype=torch.int64)).logits.isfinite().all()
     sharded, ddp = folder / "topk fsdp" / checkpoint.LAST, folder / "topk ddp" / checkpoint.LAST

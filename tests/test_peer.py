@@ -6,18 +6,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.peer
-from kernels import common, product_keys
 import peer
-from runtime.config import load_config
-from model import GPT
-from moe import Dense
+from ffn import Context, Dense
+from kernels import common, product_keys
 from kernels.product_keys import TopKLean
-from peer import PEER, BatchNorm, cartesian_candidates, choose_path, retrieve, topk_readable, usage
-from routers import Context
+from model import GPT, load_config
+from peer import (PEER, BatchNorm, cartesian_candidates, choose_path, retrieve,
+                  topk_readable)
+from runtime.watch import usage
 from settings import FFNConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +33,7 @@ def make(d=12, n_layer=2, seed=0, dtype=torch.float32, device="cpu", **settings)
     torch.manual_seed(seed)
     small = dict(kind="peer", n_keys=6, peer_heads=3, peer_top_k=4, d_key=10, peer_path="readable")
     config = FFNConfig(**(small | settings))
-    layer = PEER(config, d, n_layer)
+    layer = PEER(config, d, n_layer=n_layer)
     layer.queries(torch.randn(40, d) * 2 + 1)
     return layer.to(device, dtype)
 
@@ -251,7 +252,7 @@ def test_path_is_chosen_by_rule(monkeypatch):
     table = torch.zeros(4, 2, 3)
     assert choose_path("auto", table) == choose_path("auto", table[:, :1]) == "lean"
     assert choose_path("auto", table.to("meta")) == choose_path("readable", table) == "readable"
-    monkeypatch.setattr(peer, "use_triton", lambda t: False)
+    monkeypatch.setattr(common, "use_triton", lambda t: False)
     with pytest.raises(ValueError, match="CUDA"):
         choose_path("fused", table)
     with pytest.raises(ValueError, match="no neurons"):
@@ -277,7 +278,7 @@ def test_output_starts_with_the_variance_of_the_dense_layer(kind, activation, se
     x, ctx = torch.randn(1, 1024, d), context(1, 1024)
     with torch.no_grad():
         dense = GPT(config).blocks[1].ffn(x, ctx)[0].var()
-        ours = PEER(FFNConfig(kind=kind, activation=activation, d_key=32, **settings), d, 3)(x, ctx)[0].var()
+        ours = PEER(FFNConfig(kind=kind, activation=activation, d_key=32, **settings), d, n_layer=3)(x, ctx)[0].var()
     assert 0.8 < ours / dense < 1.2
 
 
@@ -402,7 +403,7 @@ def test_counts_by_hand():
     """A million experts, d = 256, h = 8, k = 16, d_key = 128: nothing is allocated."""
     settings = dict(n_keys=1024, peer_heads=8, peer_top_k=16, d_key=128)
     with torch.device("meta"):
-        layer, pkm = (PEER(FFNConfig(kind=kind, **settings), 256, 12) for kind in ("peer", "pkm"))
+        layer, pkm = (PEER(FFNConfig(kind=kind, **settings), 256, n_layer=12) for kind in ("peer", "pkm"))
     queries, norm, sub_keys, row = 8 * 128 * 256, 2 * 8 * 128, 2 * 1024 * 64, 2 * 256
     total = sum(p.numel() for p in layer.parameters())
     assert total == queries + norm + sub_keys + 2 ** 20 * row == 537_266_176

@@ -1,30 +1,35 @@
-"""lab/plots.py: reading logs, what the figures show, the command line."""
+"""lab/plots.py and lab/drawing: reading logs, what the figures show, the command line."""
 import struct
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from runtime import checkpoint
-from runtime.config import load_config
-from data.prepare import find_or_prepare
+from data.prepare import prepared
 from data.tokenizers import Tokenizer
-from lab.drawing import ancestry
 from lab import plots
-from lab.drawing.logs import read_log
-from model import GPT
-from peer import usage
+from lab.drawing import ancestry, block
+from lab.drawing.logs import LogError, column, open_run, read_log, smooth
+from lab.drawing.style import new_figure
+from model import GPT, load_config
+from runtime import checkpoint
+from runtime.config import to_toml
+from runtime.watch import usage
 
-COLUMNS = ("step,tokens,seconds,loss,val_loss,val_bpb,lr,grad_norm,tokens_per_second,balance_loss,z_loss,"
-           "aux_loss,max_expert_share,entropy,dropped,experts_used,unevenness,expert_load").split(",")
+COLUMNS = ("step,tokens,seconds,loss,val_loss,val_bpb,lr,grad_norm,tokens_per_second,balance_loss,"
+           "z_loss,aux_loss,max_expert_share,entropy,dropped,experts_used,unevenness,"
+           "expert_load").split(",")
 
 
 def write_log(folder, steps=60, kind="moe", evals=10, dropped=0.0, bits=1.5, best=1.0, settings=()):
-    """A run folder with a log like train.py's: layers 1 and 3 of 4 sparse, 4 experts, one without tokens."""
+    """A run folder with a log like train.py's: layers 1 and 3 of 4 sparse, 4 experts, one without
+    tokens."""
     folder.mkdir()
-    sizes = [("model.vocab_size", "256"), ("ffn.kind", kind), ("model.n_embd", "16"), ("ffn.n_expert", "4")]
-    (folder / "config.toml").write_text(load_config(None, sizes + list(settings)).to_toml())
+    sizes = [("model.vocab_size", "256"), ("ffn.kind", kind), ("model.n_embd", "16"),
+             ("ffn.n_expert", "4")]
+    (folder / "config.toml").write_text(to_toml(load_config(None, sizes + list(settings))))
     lines = [",".join(COLUMNS), f"0,0,0,,{best + 4},{(best + 4) * bits}" + "," * 12]
     for step in range(1, steps + 1):
         loss = best + 4 * np.exp(-step / 10)
@@ -54,12 +59,16 @@ def png_size(path):
 def test_a_log_becomes_columns_with_nan_where_a_row_has_no_value(tmp_path):
     log = read_log(write_log(tmp_path / "run") / "log.csv")
     assert set(log) == set(COLUMNS)
-    assert log["step"].tolist() == list(range(61)) and np.isnan(log["loss"][0]) and np.isnan(log["lr"]).all()
-    steps, values = plots.column(log, "val_loss")
+    assert log["step"].tolist() == list(range(61))
+    assert np.isnan(log["loss"][0]) and np.isnan(log["lr"]).all()
+    steps, values = column(log, "val_loss")
     assert steps.tolist() == [0, 10, 20, 30, 40, 50, 60] and values[0] == 5.0
     assert list(log["expert_load"]) == [1, 3]
-    assert np.isnan(log["expert_load"][1][0]).all() and log["expert_load"][1][5].tolist() == [15, 10, 10, 10]
-    assert plots.column(log, "no such column")[0].size == 0
+    assert np.isnan(log["expert_load"][1][0]).all() and log["expert_load"][1][5].tolist() == [15,
+                                                                                              10,
+                                                                                              10,
+                                                                                              10]
+    assert column(log, "no such column")[0].size == 0
 
 
 @pytest.mark.parametrize("cut", [1, 3, 40])
@@ -79,18 +88,20 @@ def test_rows_of_another_length_are_left_out(tmp_path):
 def test_a_long_log_is_averaged_in_groups_and_keeps_its_evaluations(tmp_path):
     path = write_log(tmp_path / "run", steps=1000, evals=100) / "log.csv"
     full, short = read_log(path), read_log(path, points=101)
-    assert len(short["step"]) == 101 and len(full["step"]) == 1001      # groups of 10, the last of one row
-    assert plots.column(short, "val_loss")[1].tolist() == plots.column(full, "val_loss")[1].tolist()
+    # groups of 10, the last of one row
+    assert len(short["step"]) == 101 and len(full["step"]) == 1001
+    assert column(short, "val_loss")[1].tolist() == column(full, "val_loss")[1].tolist()
     assert short["loss"][3] == pytest.approx(full["loss"][30:40].mean())
     assert short["loss"][0] == pytest.approx(full["loss"][1:10].mean()) # step 0 has none
     assert short["expert_load"][1][3].tolist() == full["expert_load"][1][30:40].sum(0).tolist()
     assert short["step"][3] == 34.5
 
 
-@pytest.mark.parametrize("content", ["", ",".join(COLUMNS) + "\r\n", "\0\0\n\xff", "a,b\r\n1,2\r\n"])
+@pytest.mark.parametrize("content", ["", ",".join(COLUMNS) + "\r\n", "\0\0\n\xff",
+                                     "a,b\r\n1,2\r\n"])
 def test_an_empty_or_foreign_log_is_an_error_that_names_it(tmp_path, content):
     (tmp_path / "log.csv").write_text(content)
-    with pytest.raises(plots.LogError, match="log.csv: holds no step yet"):
+    with pytest.raises(LogError, match="log.csv: holds no step yet"):
         read_log(tmp_path / "log.csv")
 
 
@@ -102,15 +113,15 @@ def test_a_field_may_be_long(tmp_path):
 
 def test_smooth_does_not_lag():
     x = np.arange(1000.0)
-    assert np.allclose(plots.smooth(x)[10:-10], x[10:-10])
+    assert np.allclose(smooth(x)[10:-10], x[10:-10])
     noise = np.random.default_rng(0).normal(size=1000)
-    assert plots.smooth(noise).std() < 0.3 and plots.smooth(np.array([])).size == 0
+    assert smooth(noise).std() < 0.3 and smooth(np.array([])).size == 0
 
 
 # --- figures ---
 
 def test_loss_figure_shows_the_log(tmp_path):
-    run = plots.open_run(write_log(tmp_path / "run"))
+    run = open_run(write_log(tmp_path / "run"))
     figure = plots.loss_figure(run)
     ax = figure.axes[0]
     raw, _, validation = ax.lines
@@ -121,35 +132,38 @@ def test_loss_figure_shows_the_log(tmp_path):
         "training tokens (millions)", "validation bits per byte"}
     title = figure.get_suptitle()
     total, active = (f"{n / 1e6:.3g} M" for n in GPT(run.config).num_params())
-    assert title.startswith("run\n4 layers, 16 wide, 4 experts, top-2, router topk")
+    assert title.startswith("run\n4 layers, 16 wide, moe, 4 experts, 2 for each token, router topk")
     assert f"{active} of {total} parameters active" in title
 
 
 def test_load_maps_show_share_times_experts():
     load = np.array([[np.nan] * 4, [10, 20, 10, 0], [30, 10, 0, 0], [5, 5, 5, 5]])
-    ax = plots.new_figure(4, 3, "").subplots()
+    ax = new_figure(4, 3, "").subplots()
     image, middle, relative = plots.load_map(ax, np.arange(4.0), load)
     assert np.allclose(relative, [[1, 2, 1, 0], [3, 1, 0, 0], [1, 1, 1, 1]])
     assert middle.tolist() == [1.5, 2.5, 3.5]
-    assert image.get_array().mask.T.tolist() == [[False] * 3 + [True], [False] * 2 + [True] * 2, [False] * 4]
+    assert image.get_array().mask.T.tolist() == [[False] * 3 + [True], [False] * 2 + [True] * 2,
+                                                 [False] * 4]
     _, middle, relative = plots.load_map(ax, np.arange(4.0), load, columns=1)
     assert np.allclose(relative, [[45 / 25, 35 / 25, 15 / 25, 5 / 25]])
 
 
 def test_load_figure_has_a_map_per_sparse_layer_and_dropped_pairs_if_any(tmp_path):
-    figure = plots.load_figure(plots.open_run(write_log(tmp_path / "run")))
-    assert [a.get_title(loc="left") for a in figure.axes if a.get_title(loc="left")] == ["layer 1", "layer 3"]
+    figure = plots.load_figure(open_run(write_log(tmp_path / "run")))
+    assert [a.get_title(loc="left") for a in figure.axes if a.get_title(loc="left")] == ["layer 1",
+                                                                                         "layer 3"]
     assert not any("dropped" in a.get_ylabel() for a in figure.axes)
     busiest = next(a for a in figure.axes if "busiest" in a.get_ylabel())
     assert np.allclose(busiest.lines[1].get_ydata(), 2.0)               # layer 3: 20 of 40, times 4
-    figure = plots.load_figure(plots.open_run(write_log(tmp_path / "capacity", dropped=0.2)))
+    figure = plots.load_figure(open_run(write_log(tmp_path / "capacity", dropped=0.2)))
     dropped = next(a for a in figure.axes if "dropped" in a.get_ylabel())
     assert np.allclose(dropped.lines[0].get_ydata(), 20)
-    assert plots.load_figure(plots.open_run(write_log(tmp_path / "dense", kind="dense"))) is None
+    assert plots.load_figure(open_run(write_log(tmp_path / "dense", kind="dense"))) is None
 
 
 def test_comparison_puts_the_best_first_and_tokens_below(tmp_path):
-    runs = [plots.open_run(write_log(tmp_path / seed, best=best, evals=n, settings=[("train.seed", seed)]))
+    runs = [open_run(write_log(tmp_path / seed, best=best, evals=n,
+                               settings=[("train.seed", seed)]))
             for seed, best, n in [("3", 1.3, 10), ("1", 1.1, 10), ("2", 1.2, 0)]]
     figure = plots.compare_figure(runs)
     ax = figure.axes[0]
@@ -160,15 +174,16 @@ def test_comparison_puts_the_best_first_and_tokens_below(tmp_path):
 
 
 def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
-    runs = [plots.open_run(write_log(tmp_path / str(bits), bits=bits)) for bits in (1.4, 0.5)]
+    runs = [open_run(write_log(tmp_path / str(bits), bits=bits)) for bits in (1.4, 0.5)]
     ax = plots.compare_figure(runs).axes[0]
     assert ax.get_ylabel() == "bits per byte"
     assert ax.lines[1].get_ydata()[0] == pytest.approx(5 * 0.5)
 
 
 def test_usage_histogram_is_sorted_and_agrees_with_the_metrics():
-    load = np.random.default_rng(0).exponential(size=5000) * (np.random.default_rng(1).random(5000) < 0.9)
-    ax = plots.new_figure(4, 3, "").subplots()
+    used = np.random.default_rng(1).random(5000) < 0.9
+    load = np.random.default_rng(0).exponential(size=5000) * used
+    ax = new_figure(4, 3, "").subplots()
     plots.usage_histogram(ax, load)
     y = ax.lines[0].get_ydata()
     used, uneven = usage(torch.tensor(load))
@@ -185,16 +200,16 @@ def test_validation_loads_come_from_the_checkpoint(tmp_path):
                 ("model.n_layer", "2"), ("model.n_head", "2"), ("ffn.peer_path", "readable"),
                 ("ffn.n_keys", "6"), ("ffn.peer_top_k", "2")]
     folder = write_log(tmp_path / "run", kind="peer", settings=settings)
-    run = plots.open_run(folder)
-    d = run.config.data
-    _, tokenizer = find_or_prepare(d.name, d.tokenizer, d.vocab_size, d.dir, quiet=True)
+    run = open_run(folder)
+    _, tokenizer = prepared(run.config.data)
     header = dict(step=1, config=run.config.to_dict(), tokenizer=tokenizer.to_dict(),
                   ancestry=dict(kind="train", run="run", parents=[]))
     checkpoint.save(folder / "ckpt_best.pt", header, GPT(run.config).state_dict())
     loads = plots.validation_loads(run)
     assert list(loads) == [1] and loads[1].shape == (36,)
     tokens, heads = 3 * 2 * 16, run.config.ffn.peer_heads
-    assert loads[1].sum() == pytest.approx(tokens * heads, rel=1e-4)    # the weights of a head sum to 1
+    # the weights of a head sum to 1
+    assert loads[1].sum() == pytest.approx(tokens * heads, rel=1e-4)
     assert [path.name for path in plots.draw([run])] == ["loss.png", "usage.png"]
     assert png_size(folder / "usage.png") == (1950, 975)
 
@@ -233,11 +248,13 @@ def test_a_run_that_has_only_begun(tmp_path, capsys):
     folder = write_log(tmp_path / "run", steps=0)
     (folder / "config.toml").unlink()
     result = program(capsys, folder)
-    assert result.status == 0 and not result.err and result.out.split() == [str(folder / "loss.png")]
+    assert result.status == 0 and not result.err
+    assert result.out.split() == [str(folder / "loss.png")]
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["nowhere"], "nowhere: no such run folder"), (["{}"], "log.csv: no log to draw"), ([], "RUN_DIR"),
+    (["nowhere"], "nowhere: no such run folder"), (["{}"], "log.csv: no log to draw"),
+    ([], "RUN_DIR"),
     (["{}/run", "--out", "{}/no/x.png"], "cannot be written"),
     (["{}/run", "--out", "{}/x.doc"], "cannot be written"), (["{}/bad"], "config.toml"),
     (["{}/run", "--uot", "x"], "did you mean --out")])
@@ -275,19 +292,37 @@ def test_a_family_shows_each_run_once_and_right_of_its_parents(tmp_path, monkeyp
     mix = dict(kind="mix", run="runs/mix", parents=[*branches, seed])
     last = dict(kind="train", run="runs/tuned", parents=[mix])
     kinds, parents = ancestry.family(last)
-    assert kinds == {"runs/tuned": "train", "runs/mix": "mix", "runs/code": "train", "runs/docs": "train",
+    assert kinds == {"runs/tuned": "train", "runs/mix": "mix", "runs/code": "train",
+                     "runs/docs": "train",
                      "runs/seed": "train"}
     at = ancestry.places(parents)
-    assert [at[f"runs/{name}"][0] for name in ("seed", "code", "docs", "mix", "tuned")] == [0, 1, 1, 2, 3]
+    assert [at[f"runs/{name}"][0] for name in ("seed", "code", "docs", "mix", "tuned")] == [0, 1, 1,
+                                                                                            2, 3]
     assert {at["runs/code"][1], at["runs/docs"][1]} == {-0.5, 0.5} and len(set(at.values())) == 5
     for header, expected in ((last, 5), (seed, 0)):
         save_with(header, tmp_path)
         figure = ancestry.ancestry_figure(tmp_path)
-        assert len(figure.axes[0].texts) - 6 == expected if figure else expected == 0      # 6 arrows
+        # 6 arrows
+        assert len(figure.axes[0].texts) - 6 == expected if figure else expected == 0
 
 
 def test_a_made_model_that_nobody_trained_yet_shows_its_ancestry(tmp_path, capsys):
-    made = dict(kind="merge", run="runs/average", parents=[dict(kind="train", run="runs/a", parents=[])])
+    made = dict(kind="merge", run="runs/average",
+                parents=[dict(kind="train", run="runs/a", parents=[])])
     save_with(made, tmp_path)
     result = program(capsys, tmp_path)
     assert result.status == 0 and result.out.split() == [str(tmp_path / "ancestry.png")]
+
+
+# --- the picture of a block
+
+def test_the_picture_of_a_block_is_written_and_its_words_keep_apart(tmp_path, capsys):
+    assert block.main(["--out", str(tmp_path / "block.png")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/block.png\n"
+    assert png_size(tmp_path / "block.png") == (2400, 1350)
+    figure = block.block_figure()
+    FigureCanvasAgg(figure).draw()                                      # places the words
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    apart = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    assert not apart and all(figure.bbox.containsx(b.x0) and figure.bbox.containsx(b.x1)
+                             for b in boxes)

@@ -1,4 +1,4 @@
-"""Measurements of lab/probes.py."""
+"""Measurements of lab/papers/probes.py."""
 import math
 from itertools import islice
 
@@ -25,9 +25,10 @@ def folder(tmp_path_factory):
 
 
 def math_right(folder, monkeypatch, answer, block=T):
-    """math_right of a model that continues every prompt, given as text, with answer(i, prompt), cut to
-    length."""
-    model = model_of("dense", {"model.block_size": block, "model.vocab_size": 256, "data.dir": folder}).eval()
+    """math_right of a model that continues every prompt, given as text, with answer(i, prompt), cut
+    to length."""
+    model = model_of("dense", {"model.block_size": block, "model.vocab_size": 256,
+                               "data.dir": str(folder)}).eval()
     seen = []
 
     def generate(model, ids, tokens, temperature):
@@ -37,32 +38,40 @@ def math_right(folder, monkeypatch, answer, block=T):
         yield from (Step(torch.tensor(column), []) for column in zip(*texts))
 
     monkeypatch.setattr(probes, "generate", generate)
-    return probes.math_right(model, [], model.config, torch.device("cpu"), "float32").get("math_right"), seen
+    return probes.math_right(model, [], model.config, torch.device("cpu"),
+                             "float32").get("math_right"), seen
 
 
 def test_math_right_counts_the_answers_that_are_right(folder, monkeypatch):
-    worked = {prompt(p[0]): as_text(*p)[len(prompt(p[0])):] for p in islice(problems(2, "val"), 4000)}
+    worked = {prompt(p[0]): as_text(*p)[len(prompt(p[0])):]
+              for p in islice(problems(2, "val"), 4000)}
 
     def right(i, text):
         return worked[text[text.rindex("Q: "):]]            # asked whole, and last
 
     assert math_right(folder, monkeypatch, right)[0] == 1
-    assert math_right(folder, monkeypatch, lambda i, text: right(i, text) if i % 4 else "no idea")[0] == 0.75
-    assert math_right(folder, monkeypatch, lambda i, text: right(i, text).replace("#### ", "#### 1"))[0] == 0
-    late = "no idea\nQ: What is 1 + 1?\nA: 1 + 1 = 2\n#### 2"        # an answer to a question of its own
+    assert math_right(folder, monkeypatch, lambda i, text: right(i, text) if i % 4
+                      else "no idea")[0] == 0.75
+    assert math_right(folder, monkeypatch, lambda i,
+                      text: right(i, text).replace("#### ", "#### 1"))[0] == 0
+    # an answer to a question of its own
+    late = "no idea\nQ: What is 1 + 1?\nA: 1 + 1 = 2\n#### 2"
     assert math_right(folder, monkeypatch, lambda i, text: late)[0] == 0
 
 
 def test_math_right_asks_after_worked_problems_and_only_what_fits(folder, monkeypatch):
     _, asked = math_right(folder, monkeypatch, lambda i, text: "")
     assert len(set(asked)) > 150 and all(len(text) == T - NEW for text in asked)
-    assert any("\n#### " in text for text in asked)                  # the problem before a short question
+    # the problem before a short question
+    assert any("\n#### " in text for text in asked)
     assert math_right(folder, monkeypatch, lambda i, text: "", block=20) == (None, [])
 
 
 def test_math_right_of_an_untrained_model_is_nothing(folder):
-    model = model_of("topk", {"model.block_size": T, "model.vocab_size": 256, "data.dir": folder}).eval()
-    assert probes.math_right(model, [], model.config, torch.device("cpu"), "float32") == {"math_right": 0.0}
+    model = model_of("topk", {"model.block_size": T, "model.vocab_size": 256,
+                              "data.dir": str(folder)}).eval()
+    assert probes.math_right(model, [], model.config, torch.device("cpu"),
+                             "float32") == {"math_right": 0.0}
 
 
 CPU = torch.device("cpu")
@@ -86,7 +95,8 @@ def force(model, layer, expert):
 
 
 def test_repeats_of_known_choices():
-    """Expert by the token's id: neighbours meet as their tokens do; all to one expert: chance is 1."""
+    """Expert by the token's id: neighbours meet as their tokens do; all to one expert: chance is
+    1."""
     model = model_of("switch")
     force(model, 0, lambda ids: ids % 4)
     force(model, 1, 2)
@@ -95,7 +105,8 @@ def test_repeats_of_known_choices():
     expert, differ = x % 4, x[:, 1:] != x[:, :-1]
     same = expert[:, 1:] == expert[:, :-1]
     share = torch.bincount(expert.flatten(), minlength=4) / x.numel()
-    one, other = x.flatten().view(-1, 1), x.flatten().view(1, -1)       # every pair of independent tokens
+    # every pair of independent tokens
+    one, other = x.flatten().view(-1, 1), x.flatten().view(1, -1)
     chance = ((one % 4 == other % 4) & (one != other)).sum() / (one != other).sum()
     rate = same.float().mean()
     want = dict(repeat_first=rate, repeat_excess_first=rate - (share ** 2).sum(),
@@ -118,7 +129,8 @@ def test_surgery_takes_experts_away_and_puts_them_back():
     before = mean_loss(model)
     row = measured(probes.surgery, model)
     assert mean_loss(model) == before
-    twin = model_of("topk", SOFTMAX | {"ffn.top_k": 3})                 # no shared expert, one more routed
+    # no shared expert, one more routed
+    twin = model_of("topk", SOFTMAX | {"ffn.top_k": 3})
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if ".shared." not in k})
     assert row["rise_without_shared"] == pytest.approx(mean_loss(twin) - before)
     assert "rise_without_shared" not in measured(probes.surgery, model_of("topk"))
@@ -137,7 +149,8 @@ def test_surgery_of_one_of_two_experts_leaves_the_other():
 
 def test_overflow_is_what_passes_the_room_of_an_expert():
     model = model_of("switch")
-    force(model, 0, 1)                                                  # 24 tokens of a batch, room for 8
+    # 24 tokens of a batch, room for 8
+    force(model, 0, 1)
     force(model, 1, lambda ids: torch.arange(ids.numel()) % 4)
     assert measured(probes.overflow, model)["overflow"] == pytest.approx((16 / 24 + 0) / 2)
 
@@ -165,7 +178,8 @@ def test_expert_cosine_of_copies_shuffled_copies_and_strangers():
         order = torch.randperm(64)
         experts.w_in.data[1] = experts.w_in.data[0].view(2, 64, -1)[:, order].flatten(0, 1)
         experts.w_out.data[1] = experts.w_out.data[0][:, order]
-    half = measured(probes.expert_cosine, model)["expert_cosine"]       # two of four experts have a twin
+    # two of four experts have a twin
+    half = measured(probes.expert_cosine, model)["expert_cosine"]
     assert strangers < 0.7 and half == pytest.approx((1 + strangers) / 2, abs=0.02)
     assert measured(probes.expert_cosine, model_of("dense")) == {}
 
@@ -173,7 +187,8 @@ def test_expert_cosine_of_copies_shuffled_copies_and_strangers():
 def test_logits():
     model = model_of("topk")
     for block, size in zip(model.blocks, (2.0, 4.0)):
-        block.ffn.router.score.forward = lambda x, z=size: torch.tensor([z, -z, z, 0.0]).repeat(len(x), 1)
+        block.ffn.router.score.forward = (
+            lambda x, z=size: torch.tensor([z, -z, z, 0.0]).repeat(len(x), 1))
     row = measured(probes.logits, model)
     assert row["logit_size"] == pytest.approx(0.75 * 3) and row["logit_max"] == pytest.approx(3)
     sums = [math.log(2 * math.exp(z) + math.exp(-z) + 1) for z in (2, 4)]

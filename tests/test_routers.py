@@ -1,4 +1,4 @@
-"""routers.py: every router against a slow second writing of its paper, and the labels of config.ROUTERS."""
+"""routers.py: every router against a slow second writing of its paper, and its traits."""
 import math
 
 import pytest
@@ -7,15 +7,21 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
+from tiny import KINDS, LEARNED, config_of
 
 import routers
-from runtime.config import ConfigError
-from routers import Context, balanced_assignment, build_router, hash_table, limit_groups
-from settings import ROUTERS
-from tiny import KINDS, LEARNED, config_of
+from ffn import Context
+from kernels.assignment import balanced_assignment
+from routers import ROUTERS, hash_table, limit_groups
+from settings import ConfigError
 
 D, B, T = 16, 4, 12
 ALL = list(ROUTERS)
+
+
+def build_router(config, *place, **more):
+    return ROUTERS[config.router](config, *place, **more)
+
 
 
 def router_of(name, more=(), d=D, spread=0.5, seed=0):
@@ -81,14 +87,16 @@ def test_the_label_says_whether_training_draws_noise(name):
         a, b = call(router, x, ctx, seed=1), call(router, x, ctx, seed=2)
         keep = [torch.ones(1) if r.keep is None else r.keep for r in (a, b)]
         same = all(torch.equal(*pair) for pair in ((a.expert, b.expert), (a.weight, b.weight), keep))
-        assert same != (train and "draws noise" in ROUTERS[name])
+        assert same != (train and ROUTERS[name].traits.noise), "traits.noise: does it draw in training, and only then?"
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_docstring_answers_the_three_questions(name):
-    text = routers.ROUTERS[name].__doc__
-    assert all(word in text for word in ("gate:", "causal:", "neighbours:"))
-    assert name in ("soft", "domain", "sample_top1") or any(y in text for y in "17 20 21 22 24".split())
+def test_it_returns_what_its_traits_promise(name):
+    x, ctx = tokens()
+    r, traits = call(router_of(name).train(), x, ctx), ROUTERS[name].traits
+    assert (r.logits is not None) == traits.logits, "traits.logits: does it return logits?"
+    assert r.probs is not None or not traits.steerable, "traits.steerable: needs probs in its Routing"
+    assert all((traits.says, traits.paper, traits.gate)), "traits: what it does, whose it is, its gate"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -373,7 +381,7 @@ def test_balanced_hash_of_a_config():
     config = config_of("hash", {"ffn.hash_table": "balanced"}).ffn
     router, again = (build_router(config, D, 32, 0) for _ in range(2))
     assert (router(x, ctx).expert == -1).all()
-    router.balance(zipf(32))
+    router.set_token_counts(zipf(32))
     assert torch.equal(router.table, hash_table(32, 4, zipf(32)))
     again.load_state_dict(router.state_dict())
     assert torch.equal(again(x, ctx).expert, router(x, ctx).expert)
@@ -502,4 +510,4 @@ def test_validation_refuses(router, more, key):
 
 @pytest.mark.parametrize("router", ALL)
 def test_every_router_is_accepted_and_built(router):
-    assert type(router_of(router)) is routers.ROUTERS[router] and router in KINDS
+    assert type(router_of(router)) is ROUTERS[router] and router in KINDS

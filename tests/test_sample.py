@@ -6,12 +6,11 @@ from collections import Counter
 import pytest
 import torch
 
-from runtime import checkpoint
 import sample
-from runtime.config import load_config
 from data.binfile import DataError
 from data.tokenizers import Tokenizer
-from model import GPT
+from model import GPT, load_config
+from runtime import checkpoint, terminal
 
 BYTE = Tokenizer.byte()
 MODELS = {"dense": {"ffn.kind": "dense"}, "topk": {}, "expert_choice": {"ffn.router": "expert_choice"},
@@ -207,7 +206,7 @@ def test_an_empty_prompt_starts_on_a_new_line_or_at_id_0():
 def plain(said, table={}):
     """The pieces shown of one sequence that says these bytes."""
     steps = [sample.Step(torch.tensor([byte]), []) for byte in said]
-    return [piece for (piece,) in sample.plain_pieces(steps, BYTE, "", 1, table)]
+    return [piece for (piece,) in terminal.plain_pieces(steps, BYTE, "", 1, table)]
 
 
 def test_bytes_wait_until_they_are_a_character():
@@ -217,14 +216,14 @@ def test_bytes_wait_until_they_are_a_character():
 
 
 def test_a_terminal_is_not_given_escape_codes():
-    assert "".join(plain(b"\x1b[2J\r\n\tA\x07", sample.PLAIN)) == "␛[2J␍\n\tA␇"
+    assert "".join(plain(b"\x1b[2J\r\n\tA\x07", terminal.PLAIN)) == "␛[2J␍\n\tA␇"
 
 
 # --- experts ---
 
 def test_marks_are_the_experts_of_the_full_forward_pass():
     config, model = tiny()
-    marker, idx = sample.Marker(1, colour=False), torch.tensor([list(b"ab c")])
+    marker, idx = terminal.Marker(1, colour=False), torch.tensor([list(b"ab c")])
     steps = list(sample.generate(model, idx, 7, temperature=0))
     said = "".join(p for (p,) in marker.pieces(steps, BYTE, idx))
     text = torch.cat([idx, ids_of(steps)[:, :6]], 1)        # 4 + 6 of the 7: the last was never read
@@ -238,7 +237,7 @@ def test_marks_are_the_experts_of_the_full_forward_pass():
 def test_marks_past_the_block_are_those_of_the_newest_token(cache):
     """A window that is read again brings older tokens along, which were shown before."""
     _, model = tiny()
-    marker, idx = sample.Marker(1, colour=False), torch.tensor([list(b"ab c")])
+    marker, idx = terminal.Marker(1, colour=False), torch.tensor([list(b"ab c")])
     steps = list(sample.generate(model, idx, 20, temperature=0, cache=cache))
     said = "".join(p for (p,) in marker.pieces(steps, BYTE, idx))
     newest = [(int(t.ids), int(step.stats[1].top_expert[0, -1])) for t, step in zip(steps, steps[1:])]
@@ -247,7 +246,7 @@ def test_marks_past_the_block_are_those_of_the_newest_token(cache):
 
 
 def test_white_space_and_stray_bytes_are_visible():
-    plain, colour = sample.Marker(0, False), sample.Marker(0, True)
+    plain, colour = terminal.Marker(0, False), terminal.Marker(0, True)
     plain.n_expert = colour.n_expert = 4
     assert [plain.mark(b, 3) for b in (b" the", b"\n", b"\n\n  ", b"\t", b"\xe2", b"\x1b", "é".encode())] == [
         "[3]␣the", "[3]↵\n", "[3]↵\n↵\n␣␣", "[3]⇥", "[3]\\xe2", "[3]␛", "[3]é"]
@@ -269,9 +268,9 @@ def contrast(a, b):
 
 
 def test_colours_are_legible_and_sixteen_marks_differ():
-    for c in sample.COLOURS:
-        assert contrast(c, 231 if c in sample.WHITE_TEXT else 16) >= 4.5
-    marker = sample.Marker(0, True)
+    for c in terminal.COLOURS:
+        assert contrast(c, 231 if c in terminal.WHITE_TEXT else 16) >= 4.5
+    marker = terminal.Marker(0, True)
     marker.n_expert = 16
     assert len({marker.paint("x", e) for e in range(16)}) == 16
     marker.n_expert = 2**20                # a million experts: every mark is used
@@ -280,7 +279,7 @@ def test_colours_are_legible_and_sixteen_marks_differ():
 
 
 def test_legend():
-    marker = sample.Marker(2, False)
+    marker = terminal.Marker(2, False)
     marker.n_expert, marker.counts = 4, Counter({3: 6, 0: 2})
     head, shares = marker.legend().split("\n")
     assert "layer 2" in head and "2 of 4 experts" in head and "8 tokens" in head
@@ -340,19 +339,24 @@ def test_what_is_said_about_the_model(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["nowhere"], "nowhere: no such run folder"), ([], "RUN_DIR"),
+    ([], "RUN_DIR"),
     (["RUN", "--top_p", "0"], "--top_p 0.0 must be above 0"), (["RUN", "--top_p", "1.5"], "--top_p 1.5"),
     (["RUN", "--temperature", "-1"], "--temperature"), (["RUN", "--temperature", "nan"], "--temperature nan"),
     (["RUN", "--top_k", "-1"], "--top_k"), (["RUN", "--num", "0"], "--num"),
     (["RUN", "--tokens", "0"], "--tokens"),
     (["RUN", "--tokens", "many"], "--tokens"), (["RUN", "--seed", "-1"], "--seed"),
-    (["RUN", "--show-experts", "2"], "--show-experts 2: the sparse layers are 0, 1"),
-    (["RUN", "--show-experts", "-1"], "--show-experts"), (["RUN", "--device", "tpu"], "--device"),
+    (["RUN", "--show-experts", "2"], "--show_experts 2: the sparse layers are 0, 1"),
+    (["RUN", "--show-experts", "-1"], "--show_experts"), (["RUN", "--device", "tpu"], "--device"),
     (["RUN", "--temprature", "1"], "did you mean --temp"), (["RUN", "--prompt", "\udcff"], "not valid")])
 def test_mistakes_are_one_line_and_status_2(run_dir, capsys, argv, words):
     status, out, err = program(capsys, *(run_dir if a == "RUN" else a for a in argv))
     assert status == 2 and not out
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_a_folder_without_a_run_is_one_line_and_status_1(capsys):
+    status, out, err = program(capsys, "nowhere")
+    assert status == 1 and not out and err.startswith("error: nowhere: no such run folder") and err.count("\n") == 1
 
 
 def test_characters_never_seen_and_dense_models_have_their_errors(tmp_path, capsys):
@@ -393,7 +397,7 @@ def test_ctrl_c_ends_it_quietly_and_text_came_before(run_dir, capsys, monkeypatc
     whole = program(capsys, run_dir, "--tokens", "50", "--show-experts")[1]
     monkeypatch.setattr(sample, "generate", interrupted)
     status, out, err = program(capsys, run_dir, "--tokens", "50", "--show-experts")
-    assert status == 130 and err == "" and len(out) > 5 * 4 and whole.startswith(out.removesuffix("\n"))
+    assert status == 130 and err == "\ninterrupted\n" and len(out) > 5 * 4 and whole.startswith(out.removesuffix("\n"))
 
 
 def test_colours_are_for_terminals_without_no_color(run_dir, capsys, monkeypatch):

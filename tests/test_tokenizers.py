@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data import tokenizers
 from data.binfile import DataError
@@ -180,12 +181,12 @@ def test_json_round_trip(bpe, tmp_path):
 def test_any_change_to_the_file_is_noticed(bpe, tmp_path):
     path = tmp_path / "tokenizer.json"
     bpe.save(path)
-    text = path.read_text()
+    text = path.read_text("utf-8")
     changes = [('" other"', '" rehto"'), ('"vocab_size": 320', '"vocab_size": 321'), ('"bpe"', '"byte"'),
                ('"bpe"', '"wordpiece"'), ('"tokens"', '"tockens"')]
     for bad in [text[:-40], "[]", "", *(text.replace(old, new) for old, new in changes)]:
         assert bad != text
-        path.write_text(bad)
+        path.write_text(bad, "utf-8")
         reason = message(Tokenizer.load, path)
         assert str(path) in reason and "prepare" in reason
     path.write_bytes(b"\xff\xfe\0")

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime import checkpoint
-from runtime import report
 import train
-from runtime.config import ConfigError, load_config
 from data.prepare import prepare
-from model import GPT
+from model import GPT, load_config, load_model
+from runtime import checkpoint, report
+from runtime.device import resolve_compile
 from sample import sample_text
+from settings import ConfigError
 
 ROOT = Path(__file__).parent.parent
 TINY = {"model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "model.block_size": 16, "ffn.d_ff": 16,
@@ -183,7 +183,8 @@ def test_decay_touches_matrices_only():
     config = load_config(None, [("model.vocab_size", "16"), ("ffn.router", "sigmoid"),
                                 ("model.qkv_bias", "true")])
     model = GPT(config)
-    decayed, free = ({id(p) for p in group["params"]} for group in train.parameter_groups(model, 0.1))
+    optimizer = train.build_optimizer(model, config.train, torch.device("cpu"))
+    decayed, free = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
     for name, p in model.named_parameters():
         wants = p.dim() > 1 and "embedding" not in name
         assert (id(p) in decayed) == wants and (id(p) in free) != wants, name
@@ -307,7 +308,7 @@ def test_a_folder_in_use_is_refused(corpora, tmp_path, capsys):
 
 def test_a_checkpoint_of_other_code_names_what_differs(corpora, tmp_path):
     run(corpora, tmp_path / "run", train__max_steps=1)
-    model, config, tokenizer, header = checkpoint.load_model(tmp_path / "run")
+    model, config, tokenizer, header = load_model(tmp_path / "run")
     state = dict(weights(tmp_path / "run").model)
     state["extra"] = state.pop("norm.weight")
     with pytest.raises(checkpoint.CheckpointError, match="norm.weight"):
@@ -343,7 +344,7 @@ def test_init_from_takes_the_model_and_starts_the_optimizer_anew(corpora, tmp_pa
             "--train.batch_size=4", f"--train.init_from={tmp_path / 'seed'}", "--train.max_steps=1",
             "--train.sample_tokens=0"]
     assert train.main([*base, "--out", str(tmp_path / "next")]) == 0
-    _, config, _, header = checkpoint.load_model(tmp_path / "next", which="last")
+    _, config, _, header = load_model(tmp_path / "next", which="last")
     assert config.ffn.n_expert == 3 and config.model.n_embd == 16
     assert header["ancestry"]["parents"][0]["run"] == str(tmp_path / "seed")
     first = float(rows(tmp_path / "next")[0]["val_loss"])
@@ -359,23 +360,24 @@ def test_training_that_only_harms_keeps_the_weights_it_began_with(corpora, tmp_p
                        f"--train.init_from={tmp_path / 'seed'}", "--train.max_steps=2", "--train.lr=5",
                        "--train.eval_every=1", "--train.warmup_steps=0"]) == 0
     begun = float(rows(tmp_path / "worse")[0]["val_loss"])
-    model, _, _, header = checkpoint.load_model(tmp_path / "worse", which="best")
+    model, _, _, header = load_model(tmp_path / "worse", which="best")
     assert (header["step"], header["val_loss"]) == (0, pytest.approx(begun))
     assert all(float(row["val_loss"]) > begun for row in rows(tmp_path / "worse")[1:] if row["val_loss"])
 
 
 def test_a_sample_of_a_run_is_text(corpora, tmp_path):
     run(corpora, tmp_path / "run", train__max_steps=1)
-    model, config, tokenizer, header = checkpoint.load_model(tmp_path / "run")
+    model, config, tokenizer, header = load_model(tmp_path / "run")
     assert isinstance(sample_text(model, tokenizer, tokens=5), str)
 
 
 def test_base_refuses_compile_and_auto_leaves_it_out():
-    config = load_config(None, [("ffn.router", "base"), ("ffn.top_k", "1")])
-    assert train.wants_compile(config, torch.device("cuda"))[0] is False
+    config = load_config(None, {"ffn.router": "base", "ffn.top_k": 1, "model.vocab_size": 16})
+    why_not = GPT(config).not_compiled()
+    assert resolve_compile(config, torch.device("cuda"), why_not)[0] is False
     config.train.compile = "on"
     with pytest.raises(ConfigError, match="base"):
-        train.wants_compile(config, torch.device("cpu"))
+        resolve_compile(config, torch.device("cpu"), why_not)
 
 
 def test_a_failed_compile_is_one_warning_in_auto_and_an_error_in_on(corpora, tmp_path, monkeypatch):
@@ -390,9 +392,9 @@ def test_a_failed_compile_is_one_warning_in_auto_and_an_error_in_on(corpora, tmp
         config = load_config(None, [(k, str(v)) for k, v in TINY.items()] + [
             ("data.name", "one"), ("data.dir", str(corpora / "prepared")), ("model.vocab_size", "256"),
             ("train.compile", mode)])
-        folders, tokenizer = train.find_or_prepare("one", "byte", 4096, corpora / "prepared", 0, True)
+        folders, tokenizer = train.prepared(config.data)
         trainer = train.Trainer(config, folders, tokenizer, torch.device("cpu"))
-        train.compile_or_say(trainer, said.append)
+        trainer.compile(said.append)
         if mode == "auto":
             assert math.isfinite(trainer.step()["loss"]) and math.isfinite(trainer.step()["loss"])
             assert len(said) == 1 and "no compiler here" in said[0]

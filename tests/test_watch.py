@@ -1,18 +1,17 @@
 """What a run notices by itself: gradients that explode, experts without tokens, a router that collapsed."""
 import torch
+from test_train import arguments, corpora  # noqa: F401 (a fixture)
 
 import train
-from runtime.config import load_config
-from peer import usage
-from test_train import arguments, corpora                  # noqa: F401 (a fixture)
-from runtime.watch import EARLY, IDLE, MEMORY, SPIKES, STUCK, Watch
+from model import GPT, load_config
+from runtime.watch import EARLY, IDLE, MEMORY, SPIKES, STUCK, Watch, usage
 
 
 def watching(**settings):
     """(Watch of a model of two sparse layers with 8 experts, list of what it says)."""
     base = {"model.n_layer": 2, "ffn.n_expert": 8} | {k.replace("__", "."): v for k, v in settings.items()}
     said = []
-    return Watch(load_config(None, [(k, str(v)) for k, v in base.items()]), said.append), said
+    return Watch(GPT(load_config(None, base | {"model.vocab_size": 32})), said.append), said
 
 
 def see(watch, *loads, steps=1):
@@ -81,7 +80,7 @@ def test_the_remedy_fits_what_balances():
                              (dict(ffn__balance="none"), '"auto"'),
                              (dict(ffn__router="sigmoid"), "bias_rate"),
                              (dict(ffn__kind="peer"), "query_norm")]:
-        assert wanted in watching(**settings)[0].remedy()
+        assert wanted in next(iter(watching(**settings)[0].layers.values())).remedy()
 
 
 def test_collapse_is_all_tokens_at_the_same_few_experts():

@@ -1,9 +1,8 @@
 """Small models for the tests: one of every kind of feed-forward layer, and of every router."""
 import torch
 
-from runtime.config import load_config
-from model import GPT
-from settings import ONE_EXPERT, ROUTERS
+from model import GPT, load_config
+from routers import ROUTERS
 
 BASE = {"model.n_layer": 2, "model.n_embd": 16, "model.n_head": 2, "model.block_size": 12,
         "model.vocab_size": 32, "ffn.n_expert": 4, "ffn.d_ff": 16}
@@ -11,16 +10,17 @@ PEER = {"ffn.n_keys": 4, "ffn.peer_heads": 2, "ffn.peer_top_k": 2, "ffn.peer_pat
         "ffn.moe_every": 1}
 KINDS = {"dense": {"ffn.kind": "dense"},
          "peer": {"ffn.kind": "peer"} | PEER, "pkm": {"ffn.kind": "pkm"} | PEER}
+ONE_EXPERT = [name for name, router in ROUTERS.items() if router.traits.k == 1]
 for _router in ROUTERS:
     KINDS[_router] = {"ffn.router": _router, "ffn.top_k": 1 if _router in ONE_EXPERT else 2}
 KINDS["domain"]["data.name"] = "a,b,c,d"
-LEARNED = [r for r in ROUTERS if r not in ("hash", "domain")]           # routers with parameters
+LEARNED = [name for name, router in ROUTERS.items() if router.traits.logits]       # with parameters
 
 
 def config_of(kind, more=()):
     """Config of a kind or router, with further settings by their dotted names."""
     settings = BASE | KINDS[kind] | dict(more)
-    return load_config(None, [(key, str(value)) for key, value in settings.items()])
+    return load_config(None, settings)
 
 
 def model_of(kind, more=(), seed=0):

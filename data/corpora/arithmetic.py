@@ -5,12 +5,13 @@
     14 + 40 = 54
     #### 54
 
-Each step of an answer is one true equation, and the number after #### answers the question, as in GSM8K
-(Cobbe et al. 2021, 2110.14168), so that one function marks the continuations of a model on both. Small models
-learn the form and the small numbers quickly; carrying through long sums stays hard, so the loss keeps falling
-as models grow.
+Each step of an answer is one true equation, and the number after #### answers the question, as in
+GSM8K (Cobbe et al. 2021, 2110.14168), so that one function marks the continuations of a model on
+both. Small models learn the form and the small numbers quickly; carrying through long sums stays
+hard, so the loss keeps falling as models grow.
 
-A question is validation or training by the hash of its text: no question of one split is ever in the other.
+A question is validation or training by the hash of its text: no question of one split is ever in
+the other.
 """
 import random
 import re
@@ -24,7 +25,8 @@ THINGS = ("apples books coins eggs flowers keys lamps marbles nuts pears pens pl
 BOXES = "bags boxes crates jars packs rows".split()
 PLACES = "bakery farm garage library market museum office school station".split()
 
-# Each kind of problem is a function of a random.Random that returns (question, the equations in order).
+# Each kind of problem is a function of a random.Random that returns (question, the equations in
+# order).
 
 
 def say(left, sign, right):
@@ -34,7 +36,8 @@ def say(left, sign, right):
 
 
 def number(rng, digits=3):
-    """1 to `digits` digits, each length equally likely: small numbers are frequent, as they are in life."""
+    """1 to `digits` digits, each length equally likely: small numbers are frequent, as they are in
+    life."""
     return rng.randrange(1, 10 ** rng.randint(1, digits))
 
 
@@ -159,10 +162,11 @@ KINDS = [buying, giving, sharing, shopping, travelling, ages, weekly, fencing,
 
 
 def problems(seed, split=None):
-    """Yields (question, worked answer, final answer) for ever, the same for the same seed: three str.
+    """Yields (question, worked answer, final answer) for ever, the same for the same seed: three
+    str.
 
-    The worked answer holds one equation per line; the final answer is the number that the last one ends with.
-    `split` ("train" or "val") leaves out the questions of the other one.
+    The worked answer holds one equation per line; the final answer is the number that the last one
+    ends with. `split` ("train" or "val") leaves out the questions of the other one.
     """
     rng = random.Random(seed)
     while True:
@@ -182,7 +186,8 @@ def prompt(question):
 
 
 def final_answer(text):
-    """The number after the first ####, as str without thousands separators; None where there is none.
+    """The number after the first ####, as str without thousands separators; None where there is
+    none.
 
     Give it what the model wrote after the prompt; problems that it went on to invent do not count.
     """

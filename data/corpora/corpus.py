@@ -1,6 +1,6 @@
 """What every source of text hands to prepare.py."""
 import hashlib
-import sys
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus is a stream of texts per split, and enough about itself to know when it must be prepared anew.
+    """A stream of texts for each split, and what tells when the corpus must be prepared anew.
 
-    Texts are cut wherever that suits their source: what is trained on is their concatenation. A source of
+    A model is trained on the concatenated texts, so a source may cut them anywhere. A source of
     symbols (markov) yields arrays of token ids instead and brings its own tokenizer.
     """
     name: str
@@ -36,11 +36,15 @@ def split_of(name, share=0.1):
 
 
 def titled(name, text):
-    """One file among several in a corpus: a comment line with its name, then its text and a line end."""
+    """One file among several in a corpus: a comment line with its name, then its text and a line
+    end."""
     name = name.encode("utf-8", "replace").decode()
     return f"# {name}\n{text}" + ("" if text.endswith("\n") else "\n")
 
 
-def note(text):
-    """Something that the user should know and that stops nothing: one line on stderr, --quiet or not."""
-    print(f"note: {text}", file=sys.stderr)
+def walk(folder):
+    """os.walk that raises the OSError of a subfolder that cannot be read, instead of leaving it
+    out."""
+    def refuse(error):
+        raise error
+    return os.walk(folder, onerror=refuse)

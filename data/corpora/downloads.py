@@ -1,12 +1,12 @@
-"""Five well-known corpora, from their public address or, with --from, from a copy that you already have.
+"""Five well-known corpora, from their public address or, with --from, from a copy that you already
+have.
 
-None of the addresses could be tried where this was written: the tests cover local copies, and downloads from
-a server of their own. No dataset library: a file, a parser of a few lines, a text.
+None of the addresses could be tried where this was written: the tests read local copies, and
+download from a server of their own. Each corpus is a file and a parser of a few lines.
 """
 import hashlib
 import json
 import re
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from tqdm import tqdm
-
-from data.corpora.arithmetic import as_text
 from data.binfile import DataError, explain
+from data.console import progress
+from data.corpora.arithmetic import as_text
 from data.corpora.corpus import Corpus
-from data.corpora.textfiles import BLOCK, file_documents, identity, read_blocks
+from data.corpora.textfiles import BLOCK, file_documents, identity, list_files, read_blocks
 
 GITHUB, HUGGINGFACE = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
 
 
-# --- parsers: (path, split, own) -> texts. `own`: the file holds that split alone; else it is split here ---
+# --- parsers: (path, split, own) -> texts. `own`: the file holds that split alone; else it is split
+# here ---
 
 
 def parse_plain(path, split, own):
@@ -32,7 +32,8 @@ def parse_plain(path, split, own):
 
 
 def parse_tinystories(path, split, own):
-    """Stories with <|endoftext|> between them; here a blank line, so that all tokenizers read one text."""
+    """Stories with <|endoftext|> between them; here a blank line, so that all tokenizers read one
+    text."""
     tail = ""
     for block in parse_plain(path, split, own):
         *stories, tail = (tail + block).split("<|endoftext|>")
@@ -42,10 +43,12 @@ def parse_tinystories(path, split, own):
 
 
 def parse_gsm8k(path, split, own):
-    """One JSON object per line: question and answer, which loses its calculator marks, <<48/2=24>>."""
+    """One JSON object per line: question and answer, which loses its calculator marks,
+    <<48/2=24>>."""
     lines = "".join(read_blocks(path)).strip().split("\n")          # 4 MB at most
     border = int(0.9 * len(lines))
-    first, last = (0, len(lines)) if own else (0, border) if split == "train" else (border, len(lines))
+    first = border if split == "val" and not own else 0
+    last = border if split == "train" and not own else len(lines)
     for number in range(first, last):
         try:
             problem = json.loads(lines[number])
@@ -104,7 +107,8 @@ NAMED = {
 
 
 def fetch(url, path, sha256=None, quiet=False, timeout=30):
-    """Downloads to `path`, by way of `path`.part, which a later call continues. Raises DataError."""
+    """Downloads to `path`, by way of `path`.part, which a later call continues. Raises
+    DataError."""
     part = path.with_name(path.name + ".part")
     hand = f"fetch it by hand and put it at {path}, or give a copy that you have with --from PATH"
     try:
@@ -113,7 +117,7 @@ def fetch(url, path, sha256=None, quiet=False, timeout=30):
     except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
         raise DataError(f"could not download {url} ({getattr(error, 'reason', error)}); {hand}") from error
     except OSError as error:
-        raise DataError(explain(error, path, 0)) from error
+        raise DataError(explain(error, path)) from error
     if wanted is not None and part.stat().st_size != wanted:
         raise DataError(f"the download of {url} broke off at {part.stat().st_size} of {wanted} bytes: "
                         f"run the same command again to continue, or {hand}")
@@ -124,9 +128,10 @@ def fetch(url, path, sha256=None, quiet=False, timeout=30):
 
 
 def receive(url, part, quiet, timeout):
-    """Appends what `part` lacks, where the server can do that; else starts again. Returns the full size."""
+    """Downloads what the file `part` lacks, or all of it where the server sends no ranges. Returns
+    the full size in bytes, None where the server does not tell."""
     have = part.stat().st_size if part.exists() else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
+    headers = {"Range": f"bytes={have}-"} if have else {}           # a server may ignore it
     try:
         answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
     except urllib.error.HTTPError as error:
@@ -135,12 +140,12 @@ def receive(url, part, quiet, timeout):
         part.unlink()
         return receive(url, part, quiet, timeout)
     with answer:
+        # 206: the server sends the rest; any other status: the whole file
         have = have if answer.status == 206 else 0
         length = answer.headers.get("Content-Length")
         wanted = have + int(length) if length else None
-        hide, name = quiet or not sys.stderr.isatty(), Path(url).name
-        bar = tqdm(total=wanted, initial=have, desc=name, disable=hide, unit="B", unit_scale=True)
-        with open(part, "ab" if have else "wb") as file, bar:
+        bar = progress(wanted, f"downloading {Path(url).name}", quiet, initial=have, unit="B")
+        with open(part, "ab" if have else "wb") as file, bar as bar:
             while block := answer.read(BLOCK):
                 file.write(block)
                 bar.update(len(block))
@@ -156,10 +161,11 @@ def file_sha256(path):
 
 
 def local_files(named, path):
-    """{"train": path, "val": path} or {"all": path}: the user's file, or what a folder has of known names."""
+    """{"train": path, "val": path} or {"all": path}: the user's file, or what a folder has of known
+    names."""
     if path.is_file():
         return {"all": path}
-    inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.endswith(".part"))
+    inside = [file for _, file in list_files(path) if file.is_file() and not file.name.endswith(".part")]
     found = {}
     for key, pattern in named.patterns.items():
         matches = [file for file in inside if re.fullmatch(pattern, file.name, re.IGNORECASE)]
@@ -173,8 +179,9 @@ def local_files(named, path):
 
 
 def documents(name, split, path, raw, quiet):
-    """The texts of one split, from `path`, or from the folder `raw`/name with what is missing downloaded."""
+    """The texts of one split, from `path`, or from the folder `raw`/name."""
     named = NAMED[name]
+    # without a copy of the user's: download what is missing
     if path is None:
         path = raw / name
         for key, url in named.files.items():
@@ -187,7 +194,8 @@ def documents(name, split, path, raw, quiet):
 
 
 def corpus(name, path, raw, quiet=False):
-    """The Corpus of one of NAMED. path: the user's copy or None; raw: the folder to download into."""
+    """The Corpus of one of NAMED. path: the user's copy or None; raw: the folder to download
+    into."""
     if path is not None and not Path(path).exists():
         raise DataError(f"--from {path}: there is no such file or folder")
     path = Path(path) if path is not None else None

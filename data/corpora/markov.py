@@ -1,20 +1,21 @@
-"""`markov`: a hashed order-2 Markov source, for what real text lacks: a loss whose lowest value is known.
+"""`markov`: a hashed order-2 Markov source, for what real text lacks: a loss whose lowest value is
+known.
 
-With probability p the next symbol is table[hash(a, b) mod n_context], where a, b are the two before it;
-otherwise it is drawn afresh from the unigram distribution, Zipf's 1 / rank. Nothing repeats, so a larger
-model is better only where it holds more of the table, and no model gets below the source's entropy: 1.036
-nats a symbol for 256 symbols, p = 0.85.
+With probability p the next symbol is table[hash(a, b) mod n_context], where a, b are the two before
+it; otherwise it is drawn afresh from the unigram distribution, Zipf's 1 / rank. Nothing repeats, so
+a larger model is better only where it holds more of the table, and no model gets below the source's
+entropy: 1.036 nats a symbol for 256 symbols, p = 0.85.
 
-The domains `markov-0`, `markov-1`, ... share half of their table's rows with `markov` and with one another;
-the others are their own. `markov1024` and its domains are the same with 1024 symbols and 2^18 contexts, for
-models of GPU size.
+The domains `markov-0`, `markov-1`, ... share half of their table's rows with `markov` and with one
+another; the others are their own. `markov1024` and its domains are the same with 1024 symbols and
+2^18 contexts, for models of GPU size.
 
-Symbols are tokens. A file is made of independent sequences of 4096, because sequences can be generated side
-by side: only 2 of 4096 symbols lack their context, and a training window rarely meets a border (one in 32 at
-128 tokens).
+Symbols are tokens. A file is made of independent sequences of 4096, because sequences can be
+generated side by side: only 2 of 4096 symbols lack their context, and a training window rarely
+meets a border (one in 32 at 128 tokens).
 
-Mind that the next symbol is a function of the last two: routing by token identity (hash) is close to an
-oracle here.
+Mind that the next symbol is a function of the last two: routing by token identity (hash) is close
+to an oracle here.
 """
 import itertools
 import re
@@ -32,7 +33,8 @@ NAME = re.compile(r"markov(1024)?(?:-(\d{1,3}))?")
 
 
 class MarkovSource:
-    """The source with `vocab_size` symbols; symbol 0 is the most frequent. domain None is `markov` itself."""
+    """The source with `vocab_size` symbols; symbol 0 is the most frequent. domain None is `markov`
+    itself."""
 
     def __init__(self, vocab_size=256, n_context=2**14, p=0.85, domain=None):
         self.vocab_size, self.n_context, self.p, self.domain = vocab_size, n_context, p, domain
@@ -50,14 +52,16 @@ class MarkovSource:
         return np.minimum(ids, self.vocab_size - 1).astype(np.uint16)       # the sum may end just below 1
 
     def context(self, a, b):
-        """The table's row for two symbols, elementwise: a multiplicative hash, its well mixed upper bits."""
+        """The table's row for two symbols, elementwise: a multiplicative hash, its well mixed upper
+        bits."""
         key = a.astype(np.uint64) * np.uint64(self.vocab_size) + b.astype(np.uint64) + np.uint64(1)
         mixed = key * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
         return ((mixed >> np.uint64(32)) % np.uint64(self.n_context)).astype(np.int64)
 
     def generate(self, key, n=LANES, length=LENGTH):
-        """(n, length) uint16: independent sequences, the same for the same key, others in every domain."""
+        """(n, length) uint16: independent sequences, the same for the same key, others in every
+        domain."""
         rng = stream(TEXT, 0 if self.domain is None else self.domain + 1, key)
         fresh, keep = self._draw(rng, (n, length)), rng.random((n, length)) < self.p
         out = fresh.copy()
@@ -67,7 +71,8 @@ class MarkovSource:
         return out
 
     def stationary(self, tolerance=1e-7):
-        """(V, V): how often a, b follow one another in the long run: the chain, run until it rests."""
+        """(V, V): how often a, b follow one another in the long run: the chain, run until it
+        rests."""
         size = self.vocab_size
         a, b = np.divmod(np.arange(size * size), size)
         follows = b * size + self.table[self.context(a, b)]     # the pair that (a, b) becomes under the table
@@ -79,14 +84,16 @@ class MarkovSource:
         return pairs.reshape(size, size)
 
     def symbol_frequencies(self):
-        """(V,): how often each symbol occurs in the long run (what a frequency-balanced hash table wants)."""
+        """(V,): how often each symbol occurs in the long run (what a frequency-balanced hash table
+        wants)."""
         return self.stationary().sum(0)
 
     def entropy_floor(self):
         """The source's entropy in nats per symbol: the loss of whoever knows table, p and unigram.
 
-        After a pair whose table entry is s, the next symbol has probability (1 - p) unigram, and p more at s.
-        Its entropy depends on s alone, so the floor is a mean of V entropies: by how often each entry is met.
+        After a pair whose table entry is s, the next symbol has probability (1 - p) unigram, and p
+        more at s. Its entropy depends on s alone, so the floor is a mean of V entropies: by how
+        often each entry is met.
         """
         size = self.vocab_size
         a, b = np.divmod(np.arange(size * size), size)
@@ -98,12 +105,14 @@ class MarkovSource:
 
 
 def stream(*key):
-    """A random generator for each key of integers, independent of all others and of any global state."""
+    """A random generator for each key of integers, independent of all others and of any global
+    state."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 def source_of(name):
-    """The MarkovSource that a name (markov, markov-3, markov1024, markov1024-0) stands for, or None."""
+    """The MarkovSource that a name (markov, markov-3, markov1024, markov1024-0) stands for, or
+    None."""
     found = NAME.fullmatch(name)
     if not found:
         return None
@@ -113,7 +122,8 @@ def source_of(name):
 
 
 def tokenizer_of(name):
-    """Symbols as bytes; 1024 of them as Chinese characters, so that each is visible. None for other names."""
+    """Symbols as bytes; 1024 of them as Chinese characters, so that each is visible. None for other
+    names."""
     found = NAME.fullmatch(name)
     if found and found.group(1):
         return Tokenizer.from_chars(chr(0x4E00 + symbol) for symbol in range(1024))

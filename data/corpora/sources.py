@@ -21,15 +21,10 @@ def is_known(name):
     return name in NAMES or markov.NAME.fullmatch(name) is not None
 
 
-def corpus_name(name):
-    """What a corpus is called: a known name is itself, a path its last part without the ending.
-
-    Names become folders, so other characters turn into _; a file called like a known corpus keeps its ending.
-    """
-    if is_known(name):
-        return name
-    path = Path(name).resolve()
-    plain = re.sub(r"[^\w.+-]", "_", path.stem) if path.exists() else name
+def stem_of(path):
+    """What the corpus of a path is called: its last part without the ending, every odd character as
+    _. One called like a known corpus keeps its ending: python.txt is python_txt_."""
+    plain = re.sub(r"[^\w.+-]", "_", path.stem)
     return re.sub(r"\W", "_", path.name) + "_" if is_known(plain) else plain
 
 
@@ -43,11 +38,12 @@ def takes_source(name):
     return name in downloads.NAMED or not is_known(name) and not Path(name).exists()
 
 
-def resolve(name, source=None, raw=Path("raw"), quiet=False):
-    """The Corpus of a known name, or of a file or folder. Nothing is read or downloaded yet.
+def resolve(name, source=None, raw=Path("raw"), quiet=False, called=""):
+    """The Corpus of a known name, or of a file or folder. No text is read or downloaded yet.
 
-    source: for a corpus that would be downloaded, a local copy instead; for a name that is a file's, that
-    file. Raises DataError, with the nearest names, for what is neither known nor a path.
+    source: a local copy of a corpus that would be downloaded, or the text of a name that is no
+    path. called: what the corpus of a path is called. Raises DataError, with the nearest names, for
+    what is neither known nor a path.
     """
     if name in downloads.NAMED:
         return downloads.corpus(name, source, raw, quiet)
@@ -57,9 +53,9 @@ def resolve(name, source=None, raw=Path("raw"), quiet=False):
         return stdlib.corpus(name)
     if is_known(name):
         return markov.corpus(name)
-    path = Path(name) if Path(name).exists() else source
+    path = name if Path(name).exists() else source
     if path is not None and Path(path).exists():
-        return textfiles.corpus(corpus_name(name), path)
+        return textfiles.corpus(called or stem_of(Path(path)), path)
     near = difflib.get_close_matches(name, NAMES, 3, 0.5)
     raise DataError(f"{name}: is neither a prepared corpus, nor a file or folder, nor a known corpus"
                     + (f" (nearest: {', '.join(near)})" if near else f" ({', '.join(NAMES)})")

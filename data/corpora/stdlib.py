@@ -1,8 +1,9 @@
 """Two corpora that every Python brings along: `python`, the source of its standard library without
-docstrings, and `docs`, those docstrings and the language reference that help() prints. No network, and code
-and prose are two clear domains.
+docstrings, and `docs`, those docstrings and the language reference that help() prints. They need no
+network, and code and prose are two clear domains. Both differ from one version of Python to the
+next.
 
-A file is validation or training by its name, for both corpora alike, so a docstring is held out together with
+A file is validation or training by its name, in both corpora: a docstring is held out together with
 its code.
 """
 import ast
@@ -15,42 +16,48 @@ import tokenize
 import warnings
 from pathlib import Path
 
-from data.binfile import DataError
-from data.corpora.corpus import Corpus, split_of, titled
+from data.binfile import DataError, explained
+from data.corpora.corpus import Corpus, split_of, titled, walk
 
-# Left out: tests; pydoc_data, which is prose in the shape of code and belongs to `docs` alone; and encodings,
-# nearly all of it generated tables of code pages that are near copies of one another, so that a held-out one
-# would be known by heart.
+# Left out are the tests; pydoc_data, which is prose written as code and belongs to `docs` alone;
+# and encodings, which are mostly generated tables of code pages: they are near copies of one
+# another, so a model would know a held-out table by heart.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data",
            "encodings"}
 SCOPES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def source_files(root):
-    """(relative name, path) of each module below `root`, sorted by name: the same order on every machine."""
+    """(relative name, path) of each module below `root`, sorted by name: the same order on every
+    machine."""
     found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in SKIPPED]
-        # _sysconfigdata holds the paths and flags of the machine that this Python was built on
-        found += [Path(folder, name) for name in files
-                  if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+    with explained(root, done="read"):
+        for folder, subfolders, files in walk(root):
+            subfolders[:] = [name for name in subfolders if name not in SKIPPED]
+            # _sysconfigdata holds the paths and flags of the machine that this Python was built on
+            found += [Path(folder, name) for name in files
+                      if name.endswith(".py") and not name.startswith("_sysconfigdata")]
     return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
 def read_source(path):
-    """(text, syntax tree) of a source file; None where it is no valid Python, or not in its encoding."""
+    """(text, syntax tree) of a source file; None where it is no valid Python, or not in its
+    encoding."""
     try:
-        with tokenize.open(path) as file:
+        with explained(path, done="read"), tokenize.open(path) as file:
             text = file.read()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # the library's own invalid escapes
             return text, ast.parse(text)
-    except (SyntaxError, UnicodeDecodeError, ValueError):
+    except DataError:
+        raise
+    except (SyntaxError, ValueError):       # UnicodeDecodeError is a ValueError
         return None
 
 
 def docstrings(node, name=""):
-    """(scope, node of its docstring, qualified name) of a syntax tree, in the order of the source."""
+    """(scope, node of its docstring, qualified name) of a syntax tree, in the order of the
+    source."""
     if isinstance(node, SCOPES):
         name = f"{name}.{node.name}".lstrip(".") if hasattr(node, "name") else ""
         if ast.get_docstring(node, clean=False) is not None:
@@ -63,18 +70,19 @@ def docstrings(node, name=""):
 
 
 def without_docstrings(text, tree):
-    """The source with its docstrings cut out by their positions, so that comments and layout stay.
-
-    A docstring on lines of its own goes with its lines; one that is a whole body, or shares a line, becomes
-    `pass`.
-    """
+    """The source without its docstrings. Comments and layout stay."""
     lines = [line.encode() for line in text.split("\n")]      # ast counts columns in bytes
-    for scope, doc, _ in reversed(list(docstrings(tree))):    # from the end: earlier positions stay true
+    # from the end, so that the positions of earlier docstrings stay true
+    for scope, doc, _ in reversed(list(docstrings(tree))):
         first, last = doc.lineno - 1, doc.end_lineno - 1
-        before, after = lines[first][:doc.col_offset], lines[last][doc.end_col_offset:]
+        before = lines[first][:doc.col_offset]
+        after = lines[last][doc.end_col_offset:]
         if len(scope.body) > 1 and not before.strip() and not after.strip():
+            # it stands on lines of its own: they go
             lines[first:last + 1] = []
         else:
+            # it is the whole body, or shares a line: it becomes `pass`, unless only a comment
+            # follows
             optional = len(scope.body) > 1 and not before.strip() and after.lstrip().startswith(b"#")
             keep = b"" if optional or len(scope.body) == 1 and isinstance(scope, ast.Module) else b"pass"
             lines[first:last + 1] = [before + keep + after]
@@ -94,7 +102,8 @@ def python_documents(split, root):
 
 
 def docs_documents(split, root):
-    """Topics repeat whole sections of one another, so all of them are one file, and that is training text."""
+    """The texts of `docs`: topics of the language reference, then the docstrings of each file."""
+    # topics repeat whole sections of one another, so all of them are training text
     if split == "train":
         for name, text in sorted(pydoc_data.topics.topics.items()):
             yield titled(name, text)

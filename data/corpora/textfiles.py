@@ -1,9 +1,9 @@
 """Any text: a file, of which the last tenth is validation, or a folder, split by files.
 
-Text is UTF-8 and kept as it is, line ends included. Bytes that are not UTF-8 become U+FFFD, one each, and are
-counted and reported: one stray byte should not cost a user the corpus, but never pass unseen either. A file
-with more than one such byte in a hundred, or with a zero byte near its beginning, is no text: alone it is
-refused, in a folder it is skipped.
+Text is UTF-8 and kept as it is, line ends included. Each byte that is not UTF-8 becomes U+FFFD;
+such bytes are counted and reported. A file with more than one of them in a hundred, or with a zero
+byte near its beginning, is no text: alone it is refused, in a folder it is skipped. Only regular
+files are read: a pipe would be waited for without end.
 """
 import codecs
 import functools
@@ -13,10 +13,12 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from data.binfile import DataError
-from data.corpora.corpus import Corpus, note, short_hash, split_of, titled
+from data.binfile import DataError, explain, explained
+from data.console import note
+from data.corpora.corpus import Corpus, short_hash, split_of, titled, walk
 
-BLOCK = 1 << 20
+BLOCK = 1 << 20                                 # bytes read at a time
+MOST_FILES, MOST_BYTES = 200_000, 100e9         # of a folder; more is a mistake, such as `..`
 UNDECODED = re.compile("[\udc80-\udcff]")       # what surrogateescape makes of a byte that is no UTF-8
 
 
@@ -34,22 +36,28 @@ def open_raw(path):
 
 
 def decode_blocks(path):
-    """(text, undecoded bytes) per megabyte of a file. Raises DataError: it cannot be read, or is no text."""
-    decoder, size, bad, raw = codecs.getincrementaldecoder("utf-8")("surrogateescape"), 0, 0, b"-"
+    """(text, undecoded bytes) per megabyte of a file. Raises DataError: it cannot be read, or is no
+    text."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    size = bad = 0
+    raw = b"-"
     try:
         with open_raw(path) as file:
             while raw:
                 raw = file.read(BLOCK)
                 if size == 0 and b"\0" in raw[:8192]:
                     raise DataError(f"{path}: holds zero bytes, so it is no UTF-8 text; convert it first")
+                # the decoder keeps the first bytes of a character that ends in the next block
                 text, here = UNDECODED.subn("\ufffd", decoder.decode(raw, final=not raw))
                 size, bad = size + len(raw), bad + here
                 if 100 * bad > max(size, 100):
                     raise DataError(f"{path}: {bad} of the first {size} bytes are not UTF-8; convert it, "
                                     f"for example: iconv -f latin1 -t utf-8 {path} > utf8.txt")
                 yield text, here
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise DataError(explain(error, path, done="read", remedy="check the file")) from error
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:   # RuntimeError: a password
+        raise DataError(f"{path}: is an archive that cannot be unpacked: {error}") from error
 
 
 def read_blocks(path):
@@ -58,7 +66,8 @@ def read_blocks(path):
 
 
 def count_chars(path):
-    """Characters in a text file; counted, and its undecoded bytes reported, once for each state of it."""
+    """Characters in a text file; counted, and its undecoded bytes reported, once for each state of
+    it."""
     return _count_chars(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
@@ -82,42 +91,59 @@ def slice_blocks(path, start, stop):
 
 
 def file_documents(path, split):
-    """nanoGPT's split of a single text: the first int(0.9 n) of n characters train, the others validate."""
+    """nanoGPT's split of a single text: the first int(0.9 n) of n characters train, the others
+    validate."""
     chars = count_chars(path)
     border = int(0.9 * chars)
     return slice_blocks(path, 0, border) if split == "train" else slice_blocks(path, border, chars)
 
 
 def list_files(folder):
-    """(relative name, path) of all files below a folder, sorted; hidden ones and linked folders left out."""
-    found = []
-    for where, subfolders, files in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(where, name) for name in files if not name.startswith(".")]
+    """(relative name, path) of all files below a folder, sorted; hidden ones and linked folders
+    left out.
+
+    Raises DataError for a subfolder that cannot be read, and above MOST_FILES files or MOST_BYTES
+    bytes.
+    """
+    found, size = [], 0
+    with explained(folder, done="read"):
+        for where, subfolders, files in walk(folder):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            paths = [Path(where, name) for name in files if not name.startswith(".")]
+            found += paths
+            size += sum(path.lstat().st_size for path in paths)
+            # stop at once: a parent of everything takes hours to walk
+            if len(found) > MOST_FILES or size > MOST_BYTES:
+                raise DataError(f"{folder}: holds more than {MOST_FILES:,} files or {MOST_BYTES / 1e9:.0f} GB; "
+                                "give the folder of your texts alone, or one large file by its own path")
     return sorted((path.relative_to(folder).as_posix(), path) for path in found)
 
 
 def is_text(path):
+    """Whether this is a regular file that holds text. Raises DataError if it cannot be read."""
     try:
-        return count_chars(path) > 0
-    except (DataError, OSError):        # OSError: a link that leads nowhere
+        return path.is_file() and count_chars(path) > 0
+    except DataError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         return False
 
 
 @functools.cache
 def split_folder(folder, state):
-    """{"train": [(name, path)], "val": [...]}, by hash of the relative name; where that leaves one side
-    empty, the first file of the other moves over. `state` (see identity) keys the cache. Raises DataError
-    below two text files."""
+    """{"train": [(name, path)], "val": [...]}, by a hash of the relative name. `state` (see
+    identity) is a key of the cache. Raises DataError for fewer than two text files."""
+    # the text files, and what is none
     files = list_files(folder)
     texts = [(name, path) for name, path in files if is_text(path)]
-    skipped = [name for name, path in files if (name, path) not in texts]
+    skipped = sorted({name for name, _ in files} - {name for name, _ in texts})
     if skipped:
-        note(f"{folder}: skipped {len(skipped)} of {len(files)} files that are empty or no UTF-8 text: "
+        note(f"{folder}: skipped {len(skipped)} of {len(files)} files that are empty or no text in UTF-8: "
              + ", ".join(skipped[:3]) + (", ..." if skipped[3:] else ""))
     if len(texts) < 2:
         raise DataError(f"{folder}: holds {len(texts)} text file(s); a folder is split into training and "
                         "validation by files, so it needs two (a single file is given by its own path)")
+    # a side that the hash leaves empty gets the first file of the other side
     sides = {split: [item for item in texts if split_of(item[0]) == split] for split in ("train", "val")}
     for empty, other in (("train", "val"), ("val", "train")):
         if not sides[empty]:
@@ -131,15 +157,19 @@ def folder_documents(folder, split):
 
 
 def identity(path):
-    """A short text that changes when the file, or any file in the folder, changes its name, size or time."""
+    """A short text that changes when a file changes its name, size or time: the file, or any in the
+    folder."""
     files = [path] if path.is_file() else [file for _, file in list_files(path)]
     facts = [(str(file), file.lstat().st_size, file.lstat().st_mtime_ns) for file in files]
     return f"{path.resolve()}, state {short_hash(*facts)}"
 
 
 def corpus(name, path):
-    """The Corpus of a text file or of a folder of them. Cheap: the texts are read when they are asked for."""
+    """The Corpus of a text file or of a folder of them. The texts are read when they are asked for.
+    Raises DataError for a pipe, a socket or a device."""
     path = Path(path).resolve()
+    if not path.is_file() and not path.is_dir():
+        raise DataError(f"{path}: is a pipe, a socket or a device; save the text as a file and give that")
     if path.is_file():
         size = path.stat().st_size
         return Corpus(name, lambda split: file_documents(path, split), identity(path), size, path=path)

@@ -1,9 +1,10 @@
 """The arms of an experiment file, and the commands that they stand for.
 
-An arm and a seed are one command and one run folder. Without `from` it is trained from scratch; with `from`
-it is trained on from its first parent (train.init_from), which gives [model] and [ffn]; with `make` it is
-built from its parents by a program, and only evaluated. A grid makes one arm for each combination of its
-values. Settings are taken in this order: config file, [common], [SIZE], arm, arm's SIZE, grid.
+An arm and a seed are one command and one run folder. Without `from` it is trained from scratch;
+with `from` it is trained on from its first parent (train.init_from), which gives [model] and [ffn];
+with `make` it is built from its parents by a program, and only evaluated. A grid makes one arm for
+each combination of its values. Settings are taken in this order: config file, [common], [SIZE],
+arm, arm's SIZE, grid.
 """
 import hashlib
 import itertools
@@ -14,12 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.checkpoint import RETRAINABLE
-from runtime.config import Config, ConfigError, load_config, nearest, parse_toml, resolve, show
 from lab.papers.spec import SIZES, fill, fits, flatten, plain, settings_of
+from model import load_config, resolve
+from runtime.checkpoint import RETRAINABLE
+from runtime.config import nearest, parse_toml
+from settings import Config, ConfigError, show
 
 ROOT = Path(__file__).parents[2]
-CONTINUE = "configs/continue.toml"      # of a run that goes on from another's weights: nothing but defaults
+# of a run that goes on from another's weights: nothing but defaults
+CONTINUE = "configs/continue.toml"
 PARENTS = ("model.", "ffn.")            # settings that come with the weights
 # A key holds the text of `make`, so a program keeps the word by which the recorded rows know it.
 KEYED = {"-m grow.btx": "btx.py", "-m grow.lifelong": "lifelong.py"}
@@ -32,7 +36,8 @@ class Arm:
     seed: int
     folder: Path                        # its run folder
     parents: list["Arm"]
-    columns: dict = field(default_factory=dict)         # what runs.csv says of it: grid values, extra columns
+    # what runs.csv says of it: grid values, extra columns
+    columns: dict = field(default_factory=dict)
     make: str = ""                      # command line without "python"; empty: train.py
     config: str = ""                    # settings file of a trained arm
     settings: dict = field(default_factory=dict)        # dotted key -> text, as on the command line
@@ -64,7 +69,8 @@ class Arm:
         """The same of the evaluation that follows."""
         words = ["-m", "lab.papers.evaluate", str(self.folder)]
         for option, names in self.evaluation.items():
-            words += [f"--{option}", *names] if names else []
+            if names:
+                words += [f"--{option}", *names]
         return words
 
     def speed_arguments(self):
@@ -80,9 +86,11 @@ def shown(arguments):
 
 def executable(arguments):
     """A command line that runs from any folder."""
-    script, *rest = [str(ROOT / word) if word.endswith((".py", ".toml")) and not Path(word).exists() else word
-                     for word in arguments]
-    return [sys.executable, script, *rest]
+    def find(word):
+        is_ours = word.endswith((".py", ".toml")) and not Path(word).exists()
+        return str(ROOT / word) if is_ours else word
+
+    return [sys.executable, *map(find, arguments)]
 
 
 class Folders(list):
@@ -103,65 +111,79 @@ class Draft(NamedTuple):
 def expand(spec, path, size, seeds, runs="runs"):
     """The arms of one size, seed after seed, parents before children.
 
-    Raises ConfigError: settings that do not exist or do not fit, a parent that does not exist, a cycle.
+    Raises ConfigError: settings that do not exist or do not fit, a parent that does not exist, a
+    cycle.
     """
+    # What the file says of each arm, the seeds apart.
     drafts = {}
     for pattern, table in spec["arms"].items():
         for name, draft in draft_arms(pattern, table, path, size):
             if name in drafts:
-                raise ConfigError(f"{path}: two arms are called {name}; put every grid key into the name")
+                raise ConfigError(f"{path}: two arms are called {name}; put every grid key into "
+                                  "the name")
             drafts[name] = draft
     drafts = share_columns(drafts)
     ordered = in_order({name: draft.parents for name, draft in drafts.items()}, path)
+    # An arm for each seed.
     folder, arms = Path(runs) / spec.get("runs", Path(path).stem) / size, {}
     for seed, name in itertools.product(seeds, ordered):
         parents = [arms[parent, seed] for parent in drafts[name].parents]
-        arms[name, seed] = build_arm(spec, path, size, Arm(name, seed, folder / f"{name}-{seed}", parents),
+        arms[name, seed] = build_arm(spec, path, size,
+                                     Arm(name, seed, folder / f"{name}-{seed}", parents),
                                      drafts[name])
     return list(arms.values())
 
 
 def share_columns(drafts):
-    """The drafts, in which a setting that one arm has in its grid is a value, and so a column of runs.csv,
-    of the arms, too, that set it outside of a grid: they stand in one figure."""
+    """The drafts, in which a setting that one arm has in its grid is a value, and so a column of
+    runs.csv, of the arms, too, that set it outside of a grid: they stand in one figure."""
     varied = {name for draft in drafts.values() for name in draft.values}
     own = {name: {key.rpartition(".")[2]: value for key, value in draft.settings.items()}
            for name, draft in drafts.items()}
-    return {name: draft._replace(values={k: v for k, v in own[name].items() if k in varied} | draft.values)
+    return {name: draft._replace(values={k: v
+                                         for k, v in own[name].items()
+                                         if k in varied} | draft.values)
             for name, draft in drafts.items()}
 
 
 def draft_arms(pattern, table, path, size):
     """(name, Draft) for each combination of an arm's grid."""
     words, where = table | table.get(size, {}), f"{path}: [arms.{pattern}]"
-    settings, grid = settings_of(table) | settings_of(table.get(size, {})), flatten(words.get("grid", {}))
+    settings = settings_of(table) | settings_of(table.get(size, {}))
+    grid = flatten(words.get("grid", {}))
     if size not in words.get("sizes", SIZES):
         return
     for key, choices in grid.items():
         if not isinstance(choices, list):
             raise ConfigError(f"{where}: grid: {key} = {show(choices)} is not a list of values")
+    # One draft for each combination. A dotted key of the grid is a setting, any other a word to
+    # fill in.
     for chosen in itertools.product(*grid.values()):
         chosen = dict(zip(grid, chosen))
         values = {key.rpartition(".")[2]: value for key, value in chosen.items()}
         parents = words.get("from", [])
-        parents = [fill(p, values, where) for p in ([parents] if isinstance(parents, str) else parents)]
+        if isinstance(parents, str):
+            parents = [parents]
+        parents = [fill(parent, values, where) for parent in parents]
         own = settings | {key: value for key, value in chosen.items() if "." in key}
         yield fill(pattern, values, where), Draft(words, own, values, parents)
 
 
 def in_order(parents, path):
     """Names with parents before children, else in file order. Raises ConfigError."""
-    ordered, left = [], dict(parents)
     for name, needs in parents.items():
         for need in needs:
             if need not in parents:
                 raise ConfigError(f"{path}: arm {name} comes from {need}, which does not exist"
                                   f"{nearest(need, parents)}")
+    # Again and again the first in file order whose parents are all placed.
+    ordered, left = [], dict(parents)
     while left:
-        ready = next((name for name, needs in left.items() if all(need in ordered for need in needs)), None)
+        ready = next((name for name, needs in left.items()
+                      if all(need in ordered for need in needs)), None)
         if ready is None:
-            raise ConfigError(f"{path}: the arms {', '.join(left)} come from one another in a circle; "
-                              "an arm's from must lead to an arm without one")
+            raise ConfigError(f"{path}: the arms {', '.join(left)} come from one another in a "
+                              "circle; an arm's from must lead to an arm without one")
         ordered.append(ready)
         del left[ready]
     return ordered
@@ -174,6 +196,7 @@ def build_arm(spec, path, size, arm, draft):
     values = draft.values | {"seed": arm.seed, "out": arm.folder, "from": parents}
     arm.columns = draft.values | draft.words.get("column", {})
     arm.evaluation = dict(corpora=spec.get("evaluate", []), probes=spec.get("probes", []))
+    # Made by a program of its own: no settings.
     if "make" in draft.words:
         if draft.settings:
             raise ConfigError(f"{where}: is made by a command and takes no settings "
@@ -181,8 +204,10 @@ def build_arm(spec, path, size, arm, draft):
                               f"from = \"{arm.name}\"")
         arm.make = fill(draft.words["make"], values, where)
         return arm
+    # Trained: what all arms have, then the seed, the file's common settings, its own.
     arm.config, common = common_settings(spec, size, arm, draft, where)
-    fixed = {"train.seed": arm.seed, "data.seed": arm.seed, "train.keep": "last", "train.sample_tokens": 0}
+    fixed = {"train.seed": arm.seed, "data.seed": arm.seed, "train.keep": "last",
+             "train.sample_tokens": 0}
     arm.settings = {key: plain(fill(value, values, where) if isinstance(value, str) else value)
                     for key, value in (fixed | common | draft.settings).items()}
     try:
@@ -194,22 +219,26 @@ def build_arm(spec, path, size, arm, draft):
 
 
 def common_settings(spec, size, arm, draft, where):
-    """(config file, settings that the arm shares with the others). An arm with a parent has [model] and [ffn]
-    from there, so that it takes only the rest of the others' config file."""
+    """(config file, settings that the arm shares with the others). An arm with a parent has [model]
+    and [ffn] from there, so that it takes only the rest of the others' config file."""
     default = spec.get(size, {}).get("config", spec.get("config", "configs/quick.toml"))
     common = settings_of(spec.get("common", {})) | settings_of(spec.get(size, {}))
     if not arm.parents:
         return draft.words.get("config", default), common
+    # An arm with a parent: all but [model] and [ffn], which come with the parent's weights.
     base = settings_of(parse_toml(config_path(default, where).read_text(encoding="utf-8"), default))
     for key in draft.settings:
         if key.startswith(PARENTS) and key not in RETRAINABLE:
-            raise ConfigError(f"{where}: {key} comes from {arm.parents[0].name} and cannot be changed")
+            raise ConfigError(f"{where}: {key} comes from {arm.parents[0].name} and cannot be "
+                              "changed")
     common = {key: value for key, value in (base | common).items() if not key.startswith(PARENTS)}
-    return draft.words.get("config", CONTINUE), common | {"train.init_from": str(arm.parents[0].folder)}
+    common["train.init_from"] = str(arm.parents[0].folder)
+    return draft.words.get("config", CONTINUE), common
 
 
 def config_path(config, where):
-    """A settings file, its path read from the root of the repository. Raises ConfigError if it is missing."""
+    """A settings file, its path read from the root of the repository. Raises ConfigError if it is
+    missing."""
     path = Path(config) if Path(config).exists() else ROOT / config
     if not path.is_file():
         known = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "configs").rglob("*.toml"))]
@@ -218,22 +247,27 @@ def config_path(config, where):
 
 
 def unusual(config):
-    """The settings that are not the defaults; so a setting that the code gains later changes nothing."""
+    """The settings that are not the defaults; so a setting that the code gains later changes
+    nothing."""
     defaults = flatten(resolve(Config()).to_dict())
     return {key: value for key, value in flatten(config.to_dict()).items()
             if value != defaults[key] and key not in ("data.dir", "train.init_from")}
 
 
 def with_ancestors(arms, patterns, path):
-    """The arms whose name fits one of the patterns, and all that they come from. Raises ConfigError."""
+    """The arms whose name fits one of the patterns, and all that they come from. Raises
+    ConfigError."""
+    # The arms that were asked for.
     names = list(dict.fromkeys(arm.name for arm in arms))
     wanted = set()
     for pattern in patterns:
         found = {name for name in names if fits(name, [pattern])}
         if not found:
-            raise ConfigError(f"{path}: no arm is called {pattern}{nearest(pattern, names)}; see --list")
+            raise ConfigError(f"{path}: no arm is called {pattern}{nearest(pattern, names)}; see "
+                              "--list")
         wanted |= found
-    for arm in reversed(arms):                      # children come after their parents
+    # Their ancestors: children come after their parents, so that one pass from the end finds all.
+    for arm in reversed(arms):
         if arm.name in wanted:
             wanted |= {parent.name for parent in arm.parents}
     return [arm for arm in arms if arm.name in wanted]

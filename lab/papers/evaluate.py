@@ -1,94 +1,110 @@
-"""What a run is worth: python -m lab.papers.evaluate RUN_DIR [--corpora NAME ...] [--probes NAME ...] [--json FILE]
+"""What a run is worth:
 
-One pass over fixed validation batches of each corpus, in evaluation mode, with the run's last weights:
-losses, how evenly the experts are used over the whole pass (not over one batch), and which corpus goes to
-which expert. The corpora are read with the run's own tokenizer; by default they are those it was trained on.
-The row goes to FILE (default: RUN_DIR/evaluation.json).
+    python -m lab.papers.evaluate RUN_DIR [--corpora NAME ...] [--probes NAME ...] [--json FILE]
+
+One pass over fixed validation batches of each corpus, in evaluation mode, with the run's last
+weights: losses, how evenly the experts are used over the whole pass (not over one batch), and which
+corpus goes to which expert. The corpora are read with the run's own tokenizer; by default they are
+those it was trained on. The row goes to FILE (default: RUN_DIR/evaluation.json).
 """
 import argparse
 import json
 import math
-import platform
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from runtime import checkpoint
-from runtime.config import ConfigError, Parser, fail, nearest, parse, sparse_layers
 from data.batches import EvalBatches
 from data.binfile import DataError
-from data.prepare import find_or_prepare
-from lab.papers import probes as available
-from lab.drawing.curves import read_columns
-from peer import usage
-from train import precision, resolve_device, resolve_dtype
+from data.prepare import prepared
+from lab.drawing.logs import read_columns
+from lab.papers.probes import PROBES
+from lab.timing.measure import device_name
+from model import load_model, sparse_layers
+from runtime import checkpoint
+from runtime.config import Ending, Parser, nearest, parse
+from runtime.device import precision, resolve_device, resolve_dtype
+from runtime.watch import usage
+from settings import ConfigError
 
 MOST_EXPERTS = 64                       # of a layer whose traffic is written down expert by expert
 
 
 def evaluate(folder, corpora=(), probes=()):
-    """The row of a run folder, column -> number; "routing": [layer, corpus, [share of each expert]] lists.
+    """The row of a run folder, column -> number; "routing": [layer, corpus, [share of each expert]]
+    lists.
 
     Raises CheckpointError, ConfigError, DataError.
     """
+    # The model, and the corpora that it is evaluated on.
     folder, device = Path(folder), resolve_device("auto")
     which = "last" if (folder / checkpoint.LAST).exists() else "best"
-    model, config, tokenizer, header = checkpoint.load_model(folder, device, which)
+    model, config, tokenizer, header = load_model(folder, device, which)
     names = config.data.name if isinstance(config.data.name, list) else [config.data.name]
     corpora = list(corpora) or names
     dtype, _ = resolve_dtype(config.train.dtype, device)
     batches = validation(config, corpora, names, tokenizer)
+    # One pass over the validation batches gives losses and loads.
     sums, loads = one_pass(model, batches, corpora, sparse_layers(config), device, dtype)
+    # Everything that a row of runs.csv says of a model.
     params = model.num_params()
     row = losses(sums, corpora) | dict(
-        active_params=params.active, total_params=params.total, flops_per_token=model.flops_per_token(),
-        tokens=header.get("tokens", 0), step=header.get("step", 0), seconds=header.get("seconds", 0.0))
+        active_params=params.active, total_params=params.total,
+        flops_per_token=model.flops_per_token(),
+        tokens=header.get("tokens", 0), step=header.get("step", 0),
+        seconds=header.get("seconds", 0.0))
     row |= shape(config, model) | use_of_experts(loads) | sums["layers"] | routing(loads, corpora)
     row |= end_of_training(folder / "log.csv")
     for name in probes:
         row |= find_probe(name)(model, batches, config, device, dtype)
-    return row | dict(device=device_name(device), torch=torch.__version__)
+    return row | dict(device=device_name(device.type), torch=torch.__version__)
 
 
 def shape(config, model):
     """What a table of many models is sorted by, and the fits of lab/scaling.py read."""
-    m, f = config.model, config.ffn
-    row = dict(n_layer=m.n_layer, n_embd=m.n_embd, embedding_params=model.embedding.weight.numel())
-    names = dict(moe=("router", "n_expert", "top_k", "granularity", "output_norm"), dense=()).get(
-        f.kind, ("n_keys", "peer_heads", "peer_top_k"))
-    return row | {name: getattr(f, name) for name in names}
+    row = dict(n_layer=config.model.n_layer, n_embd=config.model.n_embd,
+               embedding_params=model.embedding.weight.numel())
+    names = [name for block in model.blocks for name in block.ffn.columns]
+    return row | {name: getattr(config.ffn, name) for name in names}
 
 
 def validation(config, corpora, names, tokenizer):
-    """List of (x, y, domain, bytes, corpus). domain is the corpus's place in the training data, which the
-    domain router goes by."""
-    d, t = config.data, config.train
-    folders, theirs = find_or_prepare(corpora, d.tokenizer, d.vocab_size, d.dir or None, d.max_tokens, True)
+    """List of (x, y, domain, bytes, corpus). domain is the corpus's place in the training data,
+    which the domain router goes by."""
+    folders, theirs = prepared(config.data, corpora)
     if theirs.fingerprint != tokenizer.fingerprint:
-        raise DataError(f"{', '.join(corpora)}: prepared with another tokenizer ({theirs.name}) than the run "
-                        f"was trained with ({tokenizer.name}); prepare it with that one")
+        raise DataError(f"{', '.join(corpora)}: prepared with another tokenizer ({theirs.name}) "
+                        f"than the run was trained with ({tokenizer.name}); prepare it with that "
+                        "one")
+    # A router that goes by the corpus knows those of the training alone.
     strangers = [name for name in corpora if name not in names]
     if config.ffn.router == "domain" and strangers:
-        raise DataError(f"{strangers[0]}: is none of the corpora of this run ({', '.join(names)}), so its "
-                        "router has no expert for it")
+        raise DataError(f"{strangers[0]}: is none of the corpora of this run ({', '.join(names)}), "
+                        "so its router has no expert for it")
     place = [names.index(name) if name in names else 0 for name in corpora]
-    batches = EvalBatches(folders, config.model.block_size, t.batch_size, t.eval_batches,
-                          tokenizer.token_lengths())
+    batches = EvalBatches(folders, config.model.block_size, config.train.batch_size,
+                          config.train.eval_batches, tokenizer.token_lengths())
     return [(x, y, torch.full_like(domain, place[domain[0]]), n_bytes, corpora[domain[0]])
             for x, y, domain, n_bytes in batches]
 
 
 @torch.no_grad()
 def one_pass(model, batches, corpora, sparse, device, dtype):
-    """({corpus: [nats, tokens, bytes], "layers": means over the sparse layers}, {layer: {corpus: (E,)}})."""
+    """({corpus: [nats, tokens, bytes], "layers": means over the sparse layers}, {layer: {corpus:
+    (E,)}})."""
     sums = {name: [0.0, 0, 0] for name in corpora}
-    loads, layers = {i: {} for i in sparse}, dict(dropped=0.0, entropy=0.0)
+    loads = {i: {} for i in sparse}
+    layers = dict(dropped=0.0, entropy=0.0)
     for x, y, domain, n_bytes, corpus in batches:
         with precision(device, dtype):
             out = model(x.to(device), y.to(device), domain=domain.to(device))
+        # The loss is a mean over the batch's tokens; the sums are over all of them.
         total = sums[corpus]
-        total[:] = total[0] + out.loss.item() * y.numel(), total[1] + y.numel(), total[2] + n_bytes
+        total[0] += out.loss.item() * y.numel()
+        total[1] += y.numel()
+        total[2] += n_bytes
         for i in sparse:
             loads[i][corpus] = loads[i].get(corpus, 0) + out.stats[i].load.double().cpu()
             for name in layers:
@@ -103,7 +119,9 @@ def losses(sums, corpora):
     nats = {name: sums[name][0] / sums[name][1] for name in corpora}
     bits = [sums[name][0] / sums[name][2] / math.log(2) for name in corpora]
     row = dict(val_loss=sum(nats.values()) / len(nats), val_bpb=sum(bits) / len(bits))
-    return row | ({f"val_loss_{name}": loss for name, loss in nats.items()} if len(nats) > 1 else {})
+    if len(nats) > 1:
+        row |= {f"val_loss_{name}": loss for name, loss in nats.items()}
+    return row
 
 
 def use_of_experts(loads):
@@ -120,15 +138,19 @@ def use_of_experts(loads):
 
 def routing(loads, corpora):
     """Which corpus goes where. In the last sparse layer, with several corpora, each counted alike:
-    specialisation, the mutual information of corpus and expert in nats; diagonal, the least lead of expert i
-    over all others on corpus i."""
+    specialisation, the mutual information of corpus and expert in nats; diagonal, the least lead of
+    expert i over all others on corpus i."""
     table = [[i, name, (load / load.sum()).tolist()] for i, layer in loads.items()
              for name, load in layer.items() if len(load) <= MOST_EXPERTS]
     row = dict(routing=table) if table else {}
+    # Of the last layer: the mutual information sum_c 1/C sum_e p(e|c) log(p(e|c) / p(e)), and
+    # expert i's lead.
     if loads and len(corpora) > 1:
         last = loads[max(loads)]
-        share = torch.stack([last[name] / last[name].sum() for name in corpora])            # (corpora, E)
-        information = torch.special.xlogy(share, share / share.mean(0).clamp_min(1e-30)).sum(1).mean()
+        # (corpora, E)
+        share = torch.stack([last[name] / last[name].sum() for name in corpora])
+        information = torch.special.xlogy(share,
+                                          share / share.mean(0).clamp_min(1e-30)).sum(1).mean()
         row["specialisation"] = information.item()
         if share.shape[1] >= len(corpora):
             own = share.diagonal()
@@ -138,54 +160,46 @@ def routing(loads, corpora):
 
 
 def end_of_training(log):
-    """Means over the last rows of a log: the loss over 5 % of them, drops and busiest expert over 20 %."""
+    """Means over the last rows of a log: the loss over 5 % of them, drops and busiest expert over
+    20 %."""
     row = {}
     if log.exists():
         columns = read_columns(log, ("loss", "dropped", "max_expert_share"))
         for name, part in (("loss", 0.05), ("dropped", 0.2), ("max_expert_share", 0.2)):
-            values = columns[name][~columns[name].isnan()]
+            values = columns[name][~np.isnan(columns[name])]
             if len(values):
-                row[f"train_{name}"] = values[-max(1, int(part * len(values))):].mean().item()
+                row[f"train_{name}"] = float(values[-max(1, int(part * len(values))):].mean())
     return row
 
 
 def find_probe(name):
-    """The function lab/papers/probes.py has under this name. Raises ConfigError."""
-    known = {n: f for n, f in vars(available).items() if getattr(f, "__module__", "") == available.__name__
-             and callable(f) and not n.startswith("_")}
-    if name not in known:
-        raise ConfigError(f"lab/papers/probes.py has no function {name}{nearest(name, known)}; it has "
-                          f"{', '.join(known)}")
-    return known[name]
-
-
-def device_name(device):
-    """The hardware, for people."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((s.split(": ", 1)[1] for s in lines if s.startswith("model name")), platform.machine())
+    """The probe of this name. Raises ConfigError."""
+    if name not in PROBES:
+        raise ConfigError(f"lab/papers/probes.py has no probe {name}{nearest(name, PROBES)}; it "
+                          f"has {', '.join(PROBES)}")
+    return PROBES[name]
 
 
 def main(argv=None):
     """The program; returns its exit status."""
-    parser = Parser(prog="python -m lab.papers.evaluate", description=__doc__.split("\n\n", 1)[1],
+    parser = Parser(prog="python -m lab.papers.evaluate", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN_DIR")
-    parser.add_argument("--corpora", nargs="+", default=[], metavar="NAME", help="default: its training's")
-    parser.add_argument("--probes", nargs="+", default=[], metavar="NAME", help="functions of lab/papers/probes.py")
+    parser.add_argument("--corpora", nargs="+", default=[], metavar="NAME",
+                        help="default: its training's")
+    parser.add_argument("--probes", nargs="+", default=[], metavar="NAME",
+                        help="functions of lab/papers/probes.py")
     parser.add_argument("--json", metavar="FILE", help="default: RUN_DIR/evaluation.json")
-    try:
+    with Ending() as end:
         options, _ = parse(parser, argv)
         row = evaluate(options.run, options.corpora, options.probes)
-        checkpoint.write_text(options.json or Path(options.run) / "evaluation.json", json.dumps(row))
-    except (ConfigError, DataError, checkpoint.CheckpointError, KeyboardInterrupt) as e:
-        return fail(e)
-    for name, value in row.items():
-        if name != "routing":
-            print(f"{name:22} {value:.6g}" if isinstance(value, float) else f"{name:22} {value}")
-    return 0
+        checkpoint.write_text(options.json or Path(options.run) / "evaluation.json",
+                              json.dumps(row))
+        for name, value in row.items():
+            if name != "routing":
+                print(f"{name:22} {value:.6g}" if isinstance(value, float)
+                      else f"{name:22} {value}")
+    return end.status
 
 
 if __name__ == "__main__":

@@ -1,29 +1,35 @@
-"""Measurements that one experiment needs and the others do not, named in its file: probes = ["repeats"].
+"""Measurements that one experiment needs and the others do not, named in its file: probes =
+["repeats"].
 
-A probe is called as probe(model, batches, config, device, dtype) after the run's evaluation, with the model
-in evaluation mode and batches a list of (x (B, T), y, domain (B,), bytes, corpus); it returns
-{column: number}.
+A probe is called as probe(model, batches, config, device, dtype) after the run's evaluation, with
+the model in evaluation mode and batches a list of (x (B, T), y, domain (B,), bytes, corpus); it
+returns {column: number}.
 """
+import dataclasses
 import operator
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
 
-from runtime.config import sparse_layers
 from data.corpora.arithmetic import as_text, final_answer, problems, prompt
-from data.prepare import find_or_prepare
-from moe import top_expert
-from sample import generate
-from train import precision
+from data.prepare import prepared
 from grow.hidden_units import hidden_units
+from model import sparse_layers
+from routers import top_expert
+from runtime.device import precision
+from sample import generate
 
 
 def _routings(model, batches, config, device, dtype):
-    """Runs the batches; yields (layer number, x (B, T), Routing) of every sparse layer, batch after batch."""
+    """Runs the batches; yields (layer number, x (B, T), Routing) of every sparse layer, batch after
+    batch."""
+    # A hook on every router notes what it returns; the batch's routings are yielded once it is
+    # through.
     sparse, caught = sparse_layers(config), []
     routers = [model.blocks[i].ffn.router for i in sparse]
-    hooks = [router.register_forward_hook(lambda *call: caught.append(call[2])) for router in routers]
+    hooks = [router.register_forward_hook(lambda *call: caught.append(call[2]))
+             for router in routers]
     try:
         for x, _, domain, *_ in batches:
             with precision(device, dtype):
@@ -38,41 +44,52 @@ def _routings(model, batches, config, device, dtype):
 
 @torch.no_grad()
 def repeats(model, batches, config, device, dtype):
-    """Do neighbouring tokens share their first expert more often than chance (Mixtral 2401.04088, table 5)?
+    """Do neighbouring tokens share their first expert more often than chance (Mixtral 2401.04088,
+    table 5)?
 
-    For the first, middle and last sparse layer: repeat_*, the share of neighbours whose expert of largest
-    weight is the same, and repeat_excess_*, how far that is above sum_e s_e^2, s_e the share of expert e: the
-    chance that two independent tokens meet. repeat_differ_excess_* counts only neighbours whose tokens
-    differ, for text has runs; its chance is that of two independent tokens that differ.
+    For the first, middle and last sparse layer: repeat_*, the share of neighbours whose expert of
+    largest weight is the same, and repeat_excess_*, how far that is above sum_e s_e^2, s_e the
+    share of expert e: the chance that two independent tokens meet. repeat_differ_excess_* counts
+    only neighbours whose tokens differ, for text has runs; its chance is that of two independent
+    tokens that differ.
     """
     sparse = sparse_layers(config)
     if config.ffn.kind != "moe" or not sparse:
         return {}
-    places, row = dict(first=sparse[0], middle=sparse[len(sparse) // 2], last=sparse[-1]), {}
     V, E = config.model.vocab_size, config.ffn.experts
+    # Of each layer: how often token v went to expert e first; pairs of neighbours that share their
+    # expert, all pairs, and the same two of neighbours whose tokens differ.
     sums = {layer: [torch.zeros(V, E, dtype=torch.float64), 0, 0, 0, 0] for layer in sparse}
     for layer, x, routing in _routings(model, batches, config, device, dtype):
-        expert, total = top_expert(routing, x.shape), sums[layer]
+        expert = top_expert(routing, x.shape)                                               # (B, T)
+        total = sums[layer]
         total[0] += torch.bincount((x * E + expert).flatten(), minlength=V * E).view(V, E).cpu()
         same, differ = expert[:, 1:] == expert[:, :-1], x[:, 1:] != x[:, :-1]
         for i, n in enumerate((same, torch.ones_like(same), same & differ, differ), 1):
             total[i] += n.sum().item()
-    for name, layer in places.items():
+    # Observed shares beside chance. meet: two tokens have one expert; alike: they are the same
+    # token; both.
+    row = {}
+    for name, layer in dict(first=sparse[0], middle=sparse[len(sparse) // 2],
+                            last=sparse[-1]).items():
         counts, same, pairs, same_differ, pairs_differ = sums[layer]
         p = counts / counts.sum()                                                           # (V, E)
         meet, alike, both = (q.square().sum().item() for q in (p.sum(0), p.sum(1), p))
         row |= {f"repeat_{name}": same / pairs, f"repeat_excess_{name}": same / pairs - meet,
-                f"repeat_differ_excess_{name}": same_differ / pairs_differ - (meet - both) / (1 - alike)}
+                f"repeat_differ_excess_{name}":
+                    same_differ / pairs_differ - (meet - both) / (1 - alike)}
     return row
 
 
 @torch.no_grad()
 def surgery(model, batches, config, device, dtype):
-    """How much the loss rises when experts are taken away (DeepSeekMoE 2401.06066 sec. 4.5), in nats a token:
+    """How much the loss rises when experts are taken away (DeepSeekMoE 2401.06066 sec. 4.5), in
+    nats a token:
 
-    rise_without_shared   every sparse layer loses its shared expert, and tokens take one more routed one
-    rise_without_routed   every sparse layer loses one routed expert, whose tokens take their next best: the
-                          mean over all of them
+    rise_without_shared   every sparse layer loses its shared expert, and tokens take one more
+                          routed one
+    rise_without_routed   every sparse layer loses one routed expert, whose tokens take their next
+                          best: the mean over all of them
     """
     layers = [model.blocks[i].ffn for i in sparse_layers(config)]
     if config.ffn.kind != "moe" or not all(hasattr(layer.router, "score") for layer in layers):
@@ -82,12 +99,14 @@ def surgery(model, batches, config, device, dtype):
         total = tokens = 0
         for x, y, domain, *_ in batches:
             with precision(device, dtype):
-                total += model(x.to(device), y.to(device), domain=domain.to(device)).loss.item() * y.numel()
+                total += model(x.to(device), y.to(device),
+                               domain=domain.to(device)).loss.item() * y.numel()
             tokens += y.numel()
         return total / tokens
 
     def loss_without(expert):
         gone = torch.tensor([expert], device=device)
+        # A logit of minus infinity is never chosen.
         hooks = [layer.router.score.register_forward_hook(
             lambda module, x, logits: logits.index_fill(-1, gone, -torch.inf)) for layer in layers]
         try:
@@ -96,8 +115,10 @@ def surgery(model, batches, config, device, dtype):
             for hook in hooks:
                 hook.remove()
 
+    # Each routed expert in turn.
     whole, E = loss(), config.ffn.experts
     row = dict(rise_without_routed=sum(map(loss_without, range(E))) / E - whole)
+    # The shared experts, with one more choice in their place; then they are put back.
     shared = [layer.shared for layer in layers]
     if None not in shared:
         for layer in layers:
@@ -110,16 +131,20 @@ def surgery(model, batches, config, device, dtype):
 
 @torch.no_grad()
 def groups(model, batches, config, device, dtype):
-    """Groups of experts (DeepSeek-V2 2405.04434 sec. 2.2): groups_per_token, the most that any token uses,
-    and group_load_cv, the coefficient of variation of the groups' loads over all batches, mean over layers.
+    """Groups of experts (DeepSeek-V2 2405.04434 sec. 2.2): groups_per_token, the most that any
+    token uses, and group_load_cv, the coefficient of variation of the groups' loads over all
+    batches, mean over layers.
     """
     D, E = config.ffn.n_groups, config.ffn.experts
     if config.ffn.kind != "moe" or D == 1:
         return {}
-    most, loads = 0, {layer: torch.zeros(D, dtype=torch.float64) for layer in sparse_layers(config)}
+    most = 0
+    loads = {layer: torch.zeros(D, dtype=torch.float64) for layer in sparse_layers(config)}
     for layer, _, routing in _routings(model, batches, config, device, dtype):
-        group = routing.expert.view(-1, routing.k) // (E // D)                              # (tokens, k)
+        # (tokens, k)
+        group = routing.expert.view(-1, routing.k) // (E // D)
         loads[layer] += torch.bincount(group.flatten(), minlength=D).cpu()
+        # used[token, group]: 1 where the token visits an expert of the group.
         used = torch.zeros(len(group), D, device=device).scatter_(1, group, 1.0)
         most = max(most, int(used.sum(1).max()))
     variation = [(load.std(correction=0) / load.mean()).item() for load in loads.values()]
@@ -128,49 +153,56 @@ def groups(model, batches, config, device, dtype):
 
 @torch.no_grad()
 def overflow(model, batches, config, device, dtype):
-    """overflow: the share of (token, expert) pairs that would find no room if an expert took 1.25 times the
-    mean load of a batch (Switch 2101.03961 eq. 3), mean over layers and batches. Nothing is dropped here."""
+    """overflow: the share of (token, expert) pairs that would find no room if an expert took 1.25
+    times the mean load of a batch (Switch 2101.03961 eq. 3), mean over layers and batches. Nothing
+    is dropped here."""
     if config.ffn.kind != "moe":
         return {}
     E, shares = config.ffn.experts, []
     for _, _, routing in _routings(model, batches, config, device, dtype):
         load = torch.bincount(routing.expert, minlength=E)
-        room = -int(-1.25 * routing.expert.numel() // E)
+        room = -int(-1.25 * routing.expert.numel() // E)        # rounded up
         shares.append(((load - room).clamp_min(0).sum() / load.sum()).item())
     return dict(overflow=sum(shares) / len(shares))
 
 
 @torch.no_grad()
 def expert_cosine(model, batches, config, device, dtype):
-    """How alike experts are (Qwen2 2407.10671 sec. 2.2.2). The likeness of two experts is the mean, over the
-    hidden units of the one, of the cosine to the unit of the other that fits best: the order of units means
-    nothing. expert_cosine is that of an expert and the one most like it, mean over experts and layers.
+    """How alike experts are (Qwen2 2407.10671 sec. 2.2.2). The likeness of two experts is the mean,
+    over the hidden units of the one, of the cosine to the unit of the other that fits best: the
+    order of units means nothing. expert_cosine is that of an expert and the one most like it, mean
+    over experts and layers.
     """
     if config.ffn.kind != "moe":
         return {}
     means = []
     for layer in sparse_layers(config):
-        E, _, n = model.blocks[layer].ffn.experts.w_out.shape
-        rows, columns = hidden_units(model.blocks[layer].ffn)                   # (E n, 1 or 2, d), (E n, d)
+        E, _, w = model.blocks[layer].ffn.experts.w_out.shape
+        # (E w, 1 or 2, d), (E w, d)
+        rows, columns = hidden_units(model.blocks[layer].ffn)
         units = F.normalize(torch.cat([rows.flatten(1), columns], 1), dim=1)
-        best = (units @ units.T).view(E * n, E, n).amax(2)                                  # in every expert
-        alike = best.view(E, n, E).mean(1).fill_diagonal_(-1)                               # (E, E)
+        # The cosines of every unit with all; of each the largest in every expert.
+        # (E w, E)
+        best = (units @ units.T).view(E * w, E, w).amax(2)
+        alike = best.view(E, w, E).mean(1).fill_diagonal_(-1)                               # (E, E)
         means.append(alike.amax(1).mean().item())
     return dict(expert_cosine=sum(means) / len(means))
 
 
 @torch.no_grad()
 def logits(model, batches, config, device, dtype):
-    """What a z-loss, the mean of (logsumexp z)², acts on (ST-MoE 2202.08906, eq. 5); means over the routers'
-    logits z (tokens, E): logit_size, of |z|; logit_max, of each token's largest; logit_sum, of logsumexp z;
-    logit_spread, of each token's standard deviation over the experts."""
+    """What a z-loss, the mean of (logsumexp z)², acts on (ST-MoE 2202.08906, eq. 5); means over the
+    routers' logits z (tokens, E): logit_size, of |z|; logit_max, of each token's largest;
+    logit_sum, of logsumexp z; logit_spread, of each token's standard deviation over the experts."""
     if config.ffn.kind != "moe":
         return {}
     found = [z for _, _, routing in _routings(model, batches, config, device, dtype)
              if (z := routing.logits) is not None]
-    sizes = dict(logit_size=torch.abs, logit_max=lambda z: z.amax(1), logit_sum=lambda z: z.logsumexp(1),
+    sizes = dict(logit_size=torch.abs, logit_max=lambda z: z.amax(1),
+                 logit_sum=lambda z: z.logsumexp(1),
                  logit_spread=lambda z: z.std(1, correction=0))
-    return {name: sum(size(z).mean().item() for z in found) / len(found) for name, size in sizes.items()
+    return {name: sum(size(z).mean().item() for z in found) / len(found)
+            for name, size in sizes.items()
             if found}
 
 
@@ -179,26 +211,38 @@ QUESTIONS = 200             # of math_right: a share of 10 % is then known to 2 
 
 @torch.no_grad()
 def math_right(model, batches, config, device, dtype):
-    """The share of new word problems and sums (data/arithmetic.py) whose final number is right, by greedy
-    decoding: a small relative of GSM8K, BTX's measure of mathematics (2403.07816, table 1).
+    """The share of new word problems and sums (data/corpora/arithmetic.py) whose final number is
+    right, by greedy decoding: a small relative of GSM8K, BTX's measure of mathematics (2403.07816,
+    table 1).
 
-    Before every question stand the same worked problems, as many as fill the block up to the room for the
-    answer: all prompts are of one length, and text as in training. Problems that are too long for that are
-    left out, so only models of one block_size can be compared.
+    Before every question stand the same worked problems, as many as fill the block up to the room
+    for the answer: all prompts are of one length, and text as in training. Problems that are too
+    long for that are left out, so only models of one block_size can be compared.
     """
-    d, T = config.data, config.model.block_size
-    _, tokenizer = find_or_prepare(["math"], d.tokenizer, d.vocab_size, d.dir or None, quiet=True)
-    new, asked, answers = 3 * T // 8, [], []
+    T = config.model.block_size
+    _, tokenizer = prepared(dataclasses.replace(config.data, max_tokens=0), ["math"])
+    new = 3 * T // 8                                    # tokens of room for an answer
+    # The problems that fit, and their answers.
+    asked, answers = [], []
     for problem in islice(problems(2, "val"), 20 * QUESTIONS):
         question, whole = tokenizer.encode(prompt(problem[0])), tokenizer.encode(as_text(*problem))
-        if len(question) <= T - new and len(whole) - len(question) <= new and len(asked) < QUESTIONS:
+        fits = len(question) <= T - new and len(whole) - len(question) <= new
+        if fits and len(asked) < QUESTIONS:
             asked.append(question)
             answers.append(problem[2])
     if not asked:
         return {}
-    before = tokenizer.encode("".join(as_text(*problem) for problem in islice(problems(3, "val"), T // 8)))
-    ids = torch.tensor([(before + question)[new - T:] for question in asked], device=device)    # (n, T - new)
+    # Worked problems before each question, cut so that all prompts have T - new tokens.
+    before = tokenizer.encode("".join(as_text(*problem)
+                                      for problem in islice(problems(3, "val"), T // 8)))
+    # (n, T - new)
+    ids = torch.tensor([(before + question)[new - T:] for question in asked], device=device)
+    # Greedy answers, and the share whose final number is right.
     with precision(device, dtype):
         written = [step.ids for step in generate(model, ids, new, temperature=0)]
     found = [final_answer(tokenizer.decode(row)) for row in torch.stack(written, 1).tolist()]
     return dict(math_right=sum(map(operator.eq, found, answers)) / len(answers))
+
+
+PROBES = {"repeats": repeats, "surgery": surgery, "groups": groups, "overflow": overflow,
+          "expert_cosine": expert_cosine, "logits": logits, "math_right": math_right}

@@ -1,4 +1,5 @@
-"""Runs the arms of an experiment: parents first, several at a time, each at most once (lab/jobs.py)."""
+"""Runs the arms of an experiment: parents first, several at a time, each at most once
+(lab/papers/jobs.py)."""
 import os
 import signal
 import sys
@@ -6,11 +7,11 @@ import time
 
 from tqdm import tqdm
 
-from runtime import checkpoint
-from runtime.config import load_config
-from data.prepare import find_or_prepare
+from data.prepare import prepared
 from lab.papers.arms import ROOT, config_path
-from lab.papers.jobs import Job, changes, is_done, read_record, steps_done
+from lab.papers.jobs import Job, changes, lacks_speed, read_record, steps_done
+from model import load_config
+from runtime import checkpoint
 
 POLL = 0.1                              # seconds between looks at the processes
 
@@ -18,13 +19,18 @@ POLL = 0.1                              # seconds between looks at the processes
 class Runner:
     """Runs arms, `jobs` at a time, each on an equal part of the cores.
 
-    Use: with Runner(arms, jobs, after) as runner; after() is called when an arm is done. The first SIGINT or
-    SIGTERM lets the processes save and end, the second ends them.
+    Use: with Runner(arms, todo, jobs, after) as runner. `todo` are those of the arms that must run,
+    parents before children; after() is called when an arm is done. The first SIGINT or SIGTERM lets
+    the processes save and end, the second ends them.
     """
 
-    def __init__(self, arms, jobs, after, quiet=False):
-        self.arms, self.jobs, self.after, self.quiet = arms, jobs, after, quiet
-        self.active, self.failed, self.stopped, self.waiting = [], {}, None, set()
+    def __init__(self, arms, todo, jobs, after, quiet=False):
+        self.arms, self.todo, self.jobs, self.after, self.quiet = arms, todo, jobs, after, quiet
+        self.active = []                # Jobs at work
+        self.done = {arm.label for arm in arms} - {arm.label for arm in todo}
+        self.failed = {}                # label -> why
+        self.stopped = None             # the name of the signal that stopped it
+        self.waiting = set()            # labels of arms in whose folder another process is at work
 
     def __enter__(self):
         self.old = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -49,43 +55,55 @@ class Runner:
 
     def run(self):
         """True if every arm is done; what failed is in self.failed, {label: why}."""
-        todo = [arm for arm in self.arms if not is_done(arm, read_record(arm))]
-        for arm in todo:
-            if why := changes(arm, read_record(arm)):
+        self.since = time.time()
+        self.made = {}                  # label -> steps that earlier calls made
+        for arm in self.todo:
+            why = changes(arm, read_record(arm))
+            if why:
                 self.say(f"{arm.label}: runs again, changed: {why}")
-        self.done = {arm.label for arm in self.arms} - {arm.label for arm in todo}
+            self.made[arm.label] = 0 if why else steps_done(arm)
         if self.done:
             self.say(f"{len(self.done)} of {len(self.arms)} runs are done already")
-        self.since = time.time()
-        self.made = {arm.label: 0 if changes(arm, read_record(arm)) else steps_done(arm) for arm in todo}
-        bar = tqdm(total=sum(arm.steps for arm in todo), initial=sum(self.made.values()), unit="step",
-                   disable=self.quiet or not sys.stderr.isatty(), dynamic_ncols=True, file=sys.stderr,
-                   bar_format="{n_fmt}/{total_fmt} steps |{bar}| {elapsed}, {remaining} left{postfix}")
+        bar = tqdm(total=sum(arm.steps for arm in self.todo), initial=sum(self.made.values()),
+                   unit="step",
+                   disable=self.quiet or not sys.stderr.isatty(), dynamic_ncols=True,
+                   file=sys.stderr,
+                   bar_format="{n_fmt}/{total_fmt} steps |{bar}| {elapsed}, {remaining} "
+                              "left{postfix}")
         with bar:
-            self.loop(todo, bar)
+            self.loop(bar)
         return not self.failed and not self.stopped
 
-    def loop(self, todo, bar):
-        left, environment, shown = list(todo), surroundings(self.jobs), 0.0
+    def loop(self, bar):
+        left, shown = list(self.todo), 0.0
+        environment = surroundings(self.jobs)
         while self.active or left and not self.stopped:
-            for arm in [arm for arm in left if any(parent.label in self.failed for parent in arm.parents)]:
+            # A failed arm takes its children with it.
+            for arm in [arm for arm in left if any(parent.label in self.failed
+                                                   for parent in arm.parents)]:
                 self.fail(arm, "skipped, since an arm that it comes from failed")
                 left.remove(arm)
-            ready = [arm for arm in left if all(parent.label in self.done for parent in arm.parents)]
+            # Start what is ready, as many at a time as there is room for.
+            ready = [arm for arm in left if all(parent.label in self.done
+                                                for parent in arm.parents)]
             for arm in ready:
                 if not self.stopped and len(self.active) < self.jobs and self.is_free(arm):
                     self.active.append(Job(arm, environment))
                     left.remove(arm)
+            # See who has finished, and show once a second how far the others are.
             for job in list(self.active):
-                if (problem := job.poll()) is not None:
-                    self.finish(job, problem, todo)
+                problem = job.poll()
+                if problem is not None:
+                    self.finish(job, problem)
             if not bar.disable and time.time() - shown > 1:
-                bar.n, shown = self.count(todo), time.time()
+                shown = time.time()
+                bar.n = self.count()
                 bar.set_postfix_str(" " + ", ".join(job.arm.label for job in self.active))
             time.sleep(POLL)
 
     def is_free(self, arm):
-        """False if a process that an earlier, killed runner started is still at work; it is waited for."""
+        """False if a process that an earlier, killed runner started is still at work; it is waited
+        for."""
         try:
             with checkpoint.Lock(arm.folder):
                 return True
@@ -95,44 +113,55 @@ class Runner:
                 self.waiting.add(arm.label)
             return False
 
-    def finish(self, job, problem, todo):
+    def finish(self, job, problem):
+        """Takes note of a job that ended; problem is empty if it went well."""
         self.active.remove(job)
         if problem:
-            return self.stopped or self.fail(job.arm, f"failed: {problem} ({job.arm.folder}/errors.txt)")
+            # a process that was told to stop has not failed
+            if not self.stopped:
+                self.fail(job.arm, f"failed: {problem} ({job.arm.folder}/errors.txt)")
+            return
         self.done.add(job.arm.label)
         self.after()
         loss, seconds = job.record["row"]["val_loss"], job.record["seconds"]
         self.say(f"{job.arm.label}: val_loss {loss:.4f}, {seconds:.0f} s; {len(self.done)} of "
-                 f"{len(self.arms)} runs done{self.time_left(todo)}")
+                 f"{len(self.arms)} runs done{self.time_left()}")
 
     def fail(self, arm, why):
         self.failed[arm.label] = why
         self.say(f"{arm.label}: {why}", error=True)
 
-    def count(self, todo):
-        """Steps made, earlier calls included."""
+    def count(self):
+        """Steps made, earlier calls included; those of failed arms left out."""
         at_work = {job.arm.label for job in self.active}
-        return sum(arm.steps if arm.label in self.done else steps_done(arm) if arm.label in at_work
-                   else self.made[arm.label] for arm in todo if arm.label not in self.failed)
+        steps = 0
+        for arm in self.todo:
+            if arm.label in self.done:
+                steps += arm.steps
+            elif arm.label in at_work:
+                steps += steps_done(arm)
+            elif arm.label not in self.failed:
+                steps += self.made[arm.label]
+        return steps
 
-    def time_left(self, todo):
+    def time_left(self):
         """", about 12 min left", from the pace of this call's steps."""
-        all_steps = sum(arm.steps for arm in todo if arm.label not in self.failed)
+        all_steps = sum(arm.steps for arm in self.todo if arm.label not in self.failed)
         before = sum(made for label, made in self.made.items() if label not in self.failed)
-        now = self.count(todo)
+        now = self.count()
         if now <= before or now >= all_steps:
             return ""
         minutes = (all_steps - now) * (time.time() - self.since) / (now - before) / 60
         return f", about {max(1, minutes):.0f} min left"
 
     def measure_speed(self, seeds=1):
-        """Some steps of each trained arm of the first seeds, alone and on all cores. True if all ran."""
-        first = list(dict.fromkeys(arm.seed for arm in self.arms))[:seeds]
-        for arm in self.arms:
-            if arm.make or arm.seed not in first or "speed" in read_record(arm) or self.stopped:
-                continue
+        """Some steps of each trained arm of the first seeds, alone and on all cores. True if all
+        ran."""
+        for arm in lacks_speed(self.arms, seeds):
+            if self.stopped:
+                break
             job = Job(arm, surroundings(1), speed=True)
-            self.active = [job]
+            self.active = [job]                         # for a signal to reach it
             while (problem := job.poll()) is None:
                 time.sleep(POLL)
             self.active = []
@@ -153,14 +182,16 @@ def cores():
 
 
 def prepare_corpora(arms, quiet=False):
-    """Prepares what is missing before any process starts, so that no two do it at once. Raises DataError."""
+    """Prepares what is missing before any process starts, so that no two do it at once. Raises
+    DataError."""
     seen = set()
     for arm in arms:
-        if arm.make:
+        if arm.make:                                    # its program prepares what it needs
             continue
-        d = load_config(config_path(arm.config, arm.name), arm.settings.items()).data
-        for names in (d.name, arm.evaluation["corpora"]):
-            what = str(names), d.tokenizer, d.vocab_size, d.dir, d.max_tokens
+        # What an arm trains on, and what it is evaluated on, each once.
+        data = load_config(config_path(arm.config, arm.name), arm.settings.items()).data
+        for names in (data.name, arm.evaluation["corpora"]):
+            what = str(names), data.tokenizer, data.vocab_size, data.dir, data.max_tokens
             if names and what not in seen:
                 seen.add(what)
-                find_or_prepare(names, d.tokenizer, d.vocab_size, d.dir or None, d.max_tokens, quiet)
+                prepared(data, names, quiet)

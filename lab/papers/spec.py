@@ -2,20 +2,24 @@
 
     title, paper, caption, config, seeds, runs, evaluate, probes, speed     see TOP
     [common] [cpu] [gpu]        settings of every arm, of every arm at one size
-    [arms."name-{n_keys}"]      an arm: settings, and the words of ARM (lab/arms.py)
-    [metrics."pattern-{m}"]     columns computed from other arms' columns, for the arms whose name fits
-    [[panel]]                   the parts of the figure (lab/figures.py)
-    [claims.ID]                 what the paper says, as an inequality (lab/verdict.py)
+    [arms."name-{n_keys}"]      an arm: settings, and the words of ARM (lab/papers/arms.py)
+    [metrics."pattern-{m}"]     columns computed from other columns, for the arms whose name fits
+    [[panel]]                   the parts of the figure (lab/papers/figure.py)
+    [claims.ID]                 what the paper says, as an inequality (lab/papers/verdict.py)
 """
 import re
 from pathlib import Path
 
-from runtime.config import SECTIONS, ConfigError, nearest, parse_toml, show
+from runtime.config import nearest, parse_toml
+from settings import SECTIONS, ConfigError, show
 
 SIZES = ("cpu", "gpu")
-TOP = {"title": str, "paper": str, "caption": str, "config": str, "seeds": int, "runs": str, "evaluate": list,
-       "probes": list, "speed": (bool, int),    # true: of the first seed alone; 3: of the first three
-       "common": dict, "cpu": dict, "gpu": dict, "arms": dict, "metrics": dict, "panel": list, "claims": dict}
+TOP = {"title": str, "paper": str, "caption": str, "config": str, "seeds": int, "runs": str,
+       "evaluate": list,
+       # true: of the first seed alone; 3: of the first three
+       "probes": list, "speed": (bool, int),
+       "common": dict, "cpu": dict, "gpu": dict, "arms": dict, "metrics": dict, "panel": list,
+       "claims": dict}
 ARM = {"config": str, "grid": dict, "from": (str, list), "make": str, "sizes": list, "column": dict,
        "cpu": dict, "gpu": dict}
 SIZE = {"config": str, "jobs": int}             # what [cpu] and [gpu] may hold beside settings
@@ -27,9 +31,11 @@ def read_experiment(path):
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         known = [p.name for p in sorted(Path(path).parent.glob("*.toml"))]
-        raise ConfigError(f"{path}: no such experiment file{nearest(Path(path).name, known)}") from None
+        hint = nearest(Path(path).name, known)
+        raise ConfigError(f"{path}: no such experiment file{hint}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read as an experiment: {e}") from None
+    # The top level, then each size, then each arm.
     spec = parse_toml(text, path)
     check_words(spec, TOP, path)
     if spec.get("seeds", 1) < 1:
@@ -41,7 +47,8 @@ def read_experiment(path):
     check_words(spec.get("common", {}), {}, f"{path}: [common]", sections=True)
     for name, table in spec["arms"].items():
         if not isinstance(table, dict):
-            raise ConfigError(f"{path}: arms.{name} = {show(table)} is no table; an arm is [arms.NAME]")
+            raise ConfigError(f"{path}: arms.{name} = {show(table)} is no table; an arm is "
+                              "[arms.NAME]")
         check_words(table, ARM, f"{path}: [arms.{name}]", sections=True)
         for size in SIZES:
             check_words(table.get(size, {}), ARM, f"{path}: [arms.{name}.{size}]", sections=True)
@@ -49,7 +56,8 @@ def read_experiment(path):
 
 
 def check_words(table, known, where, sections=False):
-    """Raises ConfigError for the first key that is neither known nor, if sections, a table of settings."""
+    """Raises ConfigError for the first key that is neither known nor, if sections, a table of
+    settings."""
     allowed = known | (dict.fromkeys(SECTIONS, dict) if sections else {})
     for word, value in table.items():
         if word not in allowed:
@@ -67,7 +75,10 @@ def flatten(table, prefix=""):
     """Nested tables as {"ffn.n_keys": 16}."""
     flat = {}
     for name, value in table.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
     return flat
 
 
@@ -81,19 +92,21 @@ def fill(text, values, where):
         return text.format(**values)
     except (KeyError, IndexError, ValueError, AttributeError) as e:
         name = str(e).strip("'")
-        raise ConfigError(f"{where}: {show(text)} has no {name} to fill in{nearest(name, values)}; known are "
-                          f"{', '.join(values)}") from None
+        raise ConfigError(f"{where}: {show(text)} has no {name} to fill in{nearest(name, values)}; "
+                          f"known are {', '.join(values)}") from None
 
 
 def plain(value):
     """A setting as text on a command line."""
-    if isinstance(value, list) and value and all(isinstance(v, str) and "," not in v for v in value):
+    if isinstance(value, list) and value and all(isinstance(v, str) and "," not in v
+                                                 for v in value):
         return ",".join(value) if len(value) > 1 else show(value)
     return value if isinstance(value, str) else show(value)
 
 
 def wildcard(pattern):
-    """A regular expression of a name in which * stands for anything and {m} for something called m."""
+    """A regular expression of a name in which * stands for anything and {m} for something called
+    m."""
     return re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(pattern)).replace(r"\*", ".*")
 
 

@@ -2,37 +2,41 @@
 
     python -m lab.papers.speed CONFIG.toml --json FILE [--steps 20] [--section.key VALUE ...]
 
-tokens_per_second: the median step, forward, backward and optimizer together, after the first quarter of them;
-batches are read within it. peak_mib: CUDA: the most that the allocator held at once. CPU: the largest
-resident size of the process, which counts Python and PyTorch themselves (about 300 MiB).
+tokens_per_second: the median step, forward, backward and optimizer together, after the first
+quarter of them; batches are read within it. peak_mib: CUDA: the most that the allocator held at
+once. CPU: the largest resident size of the process, which counts Python and PyTorch themselves
+(about 300 MiB).
 """
 import argparse
 import json
 import resource
 import statistics
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
-from runtime import checkpoint
-from runtime.config import ConfigError, Parser, add_settings, fail, load_config, parse
 from data.batches import token_counts
-from data.binfile import DataError
-from train import Trainer, compile_or_say, make_ready, resolve_device
+from model import load_config
+from runtime import checkpoint
+from runtime.config import Ending, Parser, add_settings, parse, tell
+from runtime.device import resolve_compile, resolve_device, resolve_dtype
+from train import Trainer, make_ready
 
 
 def measure(config, steps):
-    """dict(tokens_per_second, peak_mib) of a config. Raises ConfigError, DataError, CheckpointError."""
-    with tempfile.TemporaryDirectory() as folder:
-        config, _, folders, tokenizer, compiled, _ = make_ready(config, Path(folder), None, quiet=True)
+    """dict(tokens_per_second, peak_mib) of a config. Raises ConfigError, DataError,
+    CheckpointError."""
+    # The Trainer that train.py would make, compiled where it would be.
+    config, _, folders, tokenizer = make_ready(config, None, quiet=True)
     device = resolve_device(config.train.device)
+    config.train.dtype, _ = resolve_dtype(config.train.dtype, device)
     trainer = Trainer(config, folders, tokenizer, device)
     trainer.model.set_token_counts(token_counts(folders, config.model.vocab_size))
+    compiled, _ = resolve_compile(config, device, trainer.model.not_compiled())
     if compiled:
-        compile_or_say(trainer, lambda text: print(text, file=sys.stderr))
+        trainer.compile(tell)
+    # Whole steps; on CUDA a step ends when the device has done its work.
     times = []
     for _ in range(steps):
         start = time.perf_counter()
@@ -41,7 +45,8 @@ def measure(config, steps):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     tokens = config.train.batch_size * config.model.block_size
-    return dict(tokens_per_second=tokens / statistics.median(times[steps // 4:]), peak_mib=peak_mib(device))
+    return dict(tokens_per_second=tokens / statistics.median(times[steps // 4:]),
+                peak_mib=peak_mib(device))
 
 
 def peak_mib(device):
@@ -59,14 +64,12 @@ def main(argv=None):
     parser.add_argument("--json", required=True, metavar="FILE", help="where the numbers go")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="default: %(default)s")
     add_settings(parser)
-    try:
+    with Ending() as end:
         options, overrides = parse(parser, argv)
         result = measure(load_config(options.config, overrides), options.steps)
         checkpoint.write_text(options.json, json.dumps(result))
-    except (ConfigError, DataError, checkpoint.CheckpointError, KeyboardInterrupt) as e:
-        return fail(e)
-    print(f"{result['tokens_per_second']:,.0f} tokens/s, {result['peak_mib']:,.0f} MiB")
-    return 0
+        print(f"{result['tokens_per_second']:,.0f} tokens/s, {result['peak_mib']:,.0f} MiB")
+    return end.status
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""python -m lab.bench moe: one mixture-of-experts layer by every dispatch path, beside its dense twin.
+"""python -m lab.bench moe: one mixture-of-experts layer by every dispatch path, beside its dense
+twin.
 
-Each contestant is the whole layer as training calls it: router, counting, sort, experts, combine. They share
-one set of weights. The grouped experts of Hugging Face transformers join in where that package is importable;
-its batched_mm does not: it copies the weights of an expert for each pair, 25 GB at T4096 d256 k8 n256.
+Each contestant is the whole layer as training calls it: router, counting, sort, experts, combine.
+They share one set of weights. The grouped experts of Hugging Face transformers join in where that
+package is importable; its batched_mm does not: it copies the weights of an expert for each pair, 25
+GB at T4096 d256 k8 n256.
 """
-import contextlib
 import copy
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -13,15 +15,22 @@ import torch
 from torch import nn
 
 import moe
-from runtime.config import load_config
+from ffn import Context, Dense, activation_of
 from kernels.common import HAS_TRITON
 from kernels.moe import GroupedExperts
-from lab.timing.measure import INPUTS, Arm, check, if_it_fits, measure, print_table, saved_mib
-from routers import Context
+from lab.timing.measure import (INPUTS, Contestant, check, if_it_fits, measure, print_table,
+                                saved_mib)
+from model import load_config
+
+try:
+    from transformers.integrations.moe import grouped_mm_experts_forward
+except ImportError:                     # it joins in where it is installed
+    grouped_mm_experts_forward = None
 
 
 class MoEShape(NamedTuple):
-    """T tokens of width d; E experts of hidden width n, of which a token visits k, and shared ones."""
+    """T tokens of width d; E experts of hidden width n, of which a token visits k, and shared
+    ones."""
     T: int
     d: int
     E: int
@@ -41,28 +50,33 @@ class MoEShape(NamedTuple):
         return (self.k + self.shared) * self.n
 
     def flops(self, direction):
-        """Useful FLOPs: a multiply-add for each token and each weight of the three matrices that it meets,
-        backward twice as many. The router does not count: it is part of the price."""
+        """Useful FLOPs: a multiply-add for each token and each weight of the three matrices that it
+        meets, backward twice as many. The router does not count: it is part of the price."""
         return 2 * 3 * self.T * self.d * self.active_width * (3 if direction == "fwd+bwd" else 1)
 
 
-# The first two are `--shapes quick`. M1 to M3 are SonicMoE's (2512.14080 fig. 13, 14); the first shape of the
-# CPU is the one for which moe.py states its saved memory.
+# The first two are `--shapes quick`. M1 to M3 are SonicMoE's (2512.14080 fig. 13, 14); the first
+# shape of the CPU is the one for which moe.py states its saved memory.
 MOE_SHAPES = dict(
-    cpu=[MoEShape(2048, 256, 32, 4, 128), MoEShape(4096, 256, 8, 2, 512), MoEShape(4096, 256, 64, 8, 128),
+    cpu=[MoEShape(2048, 256, 32, 4, 128), MoEShape(4096, 256, 8, 2, 512),
+         MoEShape(4096, 256, 64, 8, 128),
          MoEShape(4096, 256, 8, 2, 1024), MoEShape(4096, 256, 64, 8, 256)],
-    cuda=[MoEShape(16384, 768, 8, 2, 1024, label="M4"), MoEShape(40960, 768, 32, 2, 1024, label="M3"),
-          MoEShape(40960, 768, 64, 4, 512, label="M2"), MoEShape(40960, 768, 128, 8, 256, label="M1"),
-          MoEShape(65536, 768, 8, 2, 1024, label="M4"), MoEShape(65536, 768, 64, 7, 256, 1, label="M5"),
-          *(MoEShape(40960, 768, 64, 4, 512, skew=s, label="M6") for s in ("zipf", "half", "empty"))])
+    cuda=[MoEShape(16384, 768, 8, 2, 1024, label="M4"),
+          MoEShape(40960, 768, 32, 2, 1024, label="M3"),
+          MoEShape(40960, 768, 64, 4, 512, label="M2"),
+          MoEShape(40960, 768, 128, 8, 256, label="M1"),
+          MoEShape(65536, 768, 8, 2, 1024, label="M4"),
+          MoEShape(65536, 768, 64, 7, 256, 1, label="M5"),
+          *(MoEShape(40960, 768, 64, 4, 512, skew=s, label="M6")
+            for s in ("zipf", "half", "empty"))])
 
 
 class Imposed(nn.Module):
-    """Stands in for a router's scores: adds fixed logits (T, E) that decide who is chosen, while the price of
-    choosing and the router's gradient stay.
+    """Stands in for a router's scores: adds fixed logits (T, E) that decide who is chosen, while
+    the price of choosing and the router's gradient stay.
 
-    zipf: experts are drawn in proportion to 1, 1/2, 1/3 ... (Gumbel top-k). half: every second token visits
-    expert 0. empty: no token visits the first eighth of the experts, 8 of 64.
+    zipf: experts are drawn in proportion to 1, 1/2, 1/3 ... (Gumbel top-k). half: every second
+    token visits expert 0. empty: no token visits the first eighth of the experts, 8 of 64.
     """
 
     def __init__(self, score, shape):
@@ -83,20 +97,14 @@ class Imposed(nn.Module):
 
 # ---- the contestants ----
 
-class AnyPath(moe.MoE):
-    """The MoE layer with `path(x, routing, experts)` for its dispatch, so that other people's fit in."""
-
-    def travel(self, x, routing, slots):
-        return self.path(x, routing, self.experts)
-
-
 def build_moe(shape, dtype, device):
-    """The layer, router in float32 and the rest in dtype, experts at the scale that GPT gives them."""
+    """The layer, router in float32 and the rest in dtype, experts at the scale that GPT gives
+    them."""
     settings = {"model.n_embd": shape.d, "ffn.n_expert": shape.E, "ffn.top_k": shape.k,
                 "ffn.d_expert": shape.n, "ffn.n_shared": shape.shared, "ffn.balance": "none"}
     config = load_config(None, [(key, str(value)) for key, value in settings.items()])
     torch.manual_seed(0)
-    layer = AnyPath(config.ffn, shape.d, vocab_size=256, layer=0)
+    layer = moe.MoE(config.ffn, shape.d, vocab_size=256, layer=0)
     if shape.skew:
         layer.router.score = Imposed(layer.router.score, shape)
     for w in layer.experts.parameters():
@@ -113,24 +121,25 @@ def cast_experts(layer, dtype):
 
 
 def grouped_mm(x, routing, experts):
-    """dispatch_grouped with F.grouped_mm also where a CPU would go expert by expert (moe.pays_by_expert)."""
+    """dispatch_grouped with F.grouped_mm also where a CPU would go expert by expert
+    (kernels.moe.pick_function)."""
     return moe.dispatch_grouped(x, routing, experts, function=GroupedExperts)
 
 
 class TheirExperts:
-    """What transformers' experts functions read from the module that they belong to; its weights lie as ours
-    do."""
+    """What transformers' experts functions read from the module that they belong to; its weights
+    lie as ours do."""
     has_gate, has_bias, is_transposed, act_fn = True, False, False, staticmethod(nn.functional.silu)
 
     def __init__(self, experts):
-        self.gate_up_proj, self.down_proj, self.num_experts = experts.w_in, experts.w_out, len(experts.w_in)
+        self.gate_up_proj, self.down_proj = experts.w_in, experts.w_out
+        self.num_experts = len(experts.w_in)
 
     def _apply_gate(self, h):
-        return moe.activation_of(h, "swiglu")
+        return activation_of(h, "swiglu")
 
 
 def transformers_grouped(x, routing, experts):
-    from transformers.integrations.moe import grouped_mm_experts_forward
     expert, weight = (t.view(-1, routing.k) for t in (routing.expert, routing.weight))
     return grouped_mm_experts_forward(TheirExperts(experts), x, expert, weight)
 
@@ -142,15 +151,14 @@ def paths_of(device):
         paths["grouped_mm"] = grouped_mm
     if device == "cpu" or not HAS_TRITON:
         del paths["fused"]
-    with contextlib.suppress(ImportError):
-        import transformers.integrations.moe             # noqa: F401, only asked for
+    if grouped_mm_experts_forward is not None:
         paths["transformers"] = transformers_grouped
     return paths
 
 
 def compiled_of(device, dtype):
-    """Contestants that also run compiled: on CUDA the twin, the path of `dispatch = auto`, and transformers;
-    in bfloat16, the one dtype in which a grouped product compiles."""
+    """Contestants that also run compiled: on CUDA the twin, the path of `dispatch = auto`, and
+    transformers; in bfloat16, the one dtype in which a grouped product compiles."""
     if device == "cpu" or dtype != torch.bfloat16:
         return []
     return [name for name in ("dense", "fused" if HAS_TRITON else "grouped", "transformers")
@@ -158,48 +166,55 @@ def compiled_of(device, dtype):
 
 
 def dtypes_of(device, first):
-    """float32 and bfloat16; on CUDA, where float32 has no grouped kernel, float32 at the first shape only."""
+    """float32 and bfloat16; on CUDA, where float32 has no grouped kernel, float32 at the first
+    shape only."""
     return (torch.float32, torch.bfloat16) if device == "cpu" or first else (torch.bfloat16,)
 
 
 def build_layers(shape, dtype, device, paths, compiled=()):
-    """{name: layer} of the contestants: the dense twin and, on the same weights, a layer for each path; those
-    named in `compiled` also compiled."""
+    """{name: layer} of the contestants: the dense twin and, on the same weights, a layer for each
+    path; those named in `compiled` also compiled."""
     layer = build_moe(shape, dtype, device)
-    layers = {"dense": moe.Dense(shape.d, shape.active_width, "swiglu").to(device, dtype)}
-    for name, path in paths.items():
+    # a layer finds its path there, by the name in its config
+    moe.DISPATCH.update(paths)
+    layers = {"dense": Dense(shape.d, shape.active_width, "swiglu").to(device, dtype)}
+    for name in paths:
         layers[name] = copy.copy(layer)
-        layers[name].path = path
-    return layers | {f"{name} compiled": torch.compile(layers[name], dynamic=False) for name in compiled}
+        layers[name].config = dataclasses.replace(layer.config, dispatch=name)
+    for name in compiled:
+        layers[f"{name} compiled"] = torch.compile(layers[name], dynamic=False)
+    return layers
 
 
 # ---- the bench ----
 
 def check_layers(shape, dtype, layers, x, dy, ctx):
-    """Output and all gradients of every layer but the twin against the loop in float64, which gets the same
-    rounded weights and, its router being float32 as well, the same routing."""
+    """Output and all gradients of every layer but the twin against the loop in float64, which gets
+    the same rounded weights and, its router being float32 as well, the same routing."""
     def results(layer, x, dy):
         y, params = layer(x, ctx)[0], layer.parameters()
         return [y, *torch.autograd.grad(y, [x, *params], dy)]
 
     oracle = cast_experts(copy.deepcopy(layers["loop"]), torch.float64)
     want = results(oracle, x.detach().double().requires_grad_(), dy.double())
-    names = ["output", "gradient of x", *(f"gradient of {name}" for name, _ in oracle.named_parameters())]
+    names = ["output", "gradient of x", *(f"gradient of {name}"
+                                          for name, _ in oracle.named_parameters())]
     for path, layer in layers.items():
         if not path.startswith("dense"):
             check(path, shape, names, results(layer, x, dy), want, dtype)
 
 
 def saved_by(layer, x, ctx):
-    """MiB kept for backward by the dense twin, or by experts and dispatch: what the router keeps is the same
-    for every path and left out. None for a compiled layer, which cannot be cut there."""
-    if isinstance(layer, moe.Dense):
+    """MiB kept for backward by the dense twin, or by experts and dispatch: what the router keeps is
+    the same for every path and left out. None for a compiled layer, which cannot be cut there."""
+    if isinstance(layer, Dense):
         return saved_mib(lambda: layer(x, ctx), layer.parameters())
-    if not isinstance(layer, AnyPath):
+    if not isinstance(layer, moe.MoE):
         return None
     routing = layer.router(x[0].detach(), ctx)
     routing = routing._replace(weight=routing.weight.detach().requires_grad_())
-    return saved_mib(lambda: layer.path(x[0], routing, layer.experts), layer.parameters())
+    path = moe.DISPATCH[layer.config.dispatch]
+    return saved_mib(lambda: path(x[0], routing, layer.experts), layer.parameters())
 
 
 def rows_of(machine, shape, dtype, layers, xs, dy, ctx):
@@ -210,27 +225,34 @@ def rows_of(machine, shape, dtype, layers, xs, dy, ctx):
     def both(layer, i):
         return torch.autograd.grad(forward(layer, i), [xs[i], *layer.parameters()], dy)
 
-    saved = {name: if_it_fits(lambda: saved_by(layer, xs[0], ctx)) for name, layer in layers.items()}
+    saved = {name: if_it_fits(lambda: saved_by(layer, xs[0], ctx))
+             for name, layer in layers.items()}
+    # The dense twin's FLOPs count for every path.
     rows = []
     for direction, run in ("fwd", forward), ("fwd+bwd", both):
         flops = shape.flops(direction)
         floor = machine.compute_ms(flops, dtype)
-        arms = {name: Arm(partial(run, layer), flops, floor, saved[name]) for name, layer in layers.items()}
-        rows += measure(machine, "moe", shape, dtype, direction, arms)
+        contestants = {name: Contestant(partial(run, layer), flops, floor, saved[name])
+                       for name, layer in layers.items()}
+        rows += measure(machine, "moe", shape, dtype, direction, contestants)
     return rows
 
 
 def bench_moe(machine, shapes):
     """Yields the rows of one table at a time. BenchError if a path is wrong."""
-    print("One feed-forward layer (SwiGLU; router, sort and combine included) by each path, beside the\n"
-          "dense layer of equal active FLOPs. Saved: what experts and dispatch keep for backward. Before it\n"
-          "is timed, every path is checked against the loop in float64: output and all gradients.")
+    print("One feed-forward layer (SwiGLU; router, sort and combine included) by each path, beside "
+          "the\ndense layer of equal active FLOPs. Saved: what experts and dispatch keep for "
+          "backward. Before it\nis timed, every path is checked against the loop in float64: "
+          "output and all gradients.")
     device = machine.device
     for shape in shapes:
         for dtype in dtypes_of(device, shape is shapes[0]):
-            layers = build_layers(shape, dtype, device, paths_of(device), compiled_of(device, dtype))
+            layers = build_layers(shape, dtype, device, paths_of(device),
+                                  compiled_of(device, dtype))
             ctx = Context(torch.zeros(1, shape.T, dtype=torch.long, device=device))
-            *xs, dy = (torch.randn(1, shape.T, shape.d, device=device).to(dtype) for _ in range(INPUTS + 1))
+            *xs, dy = (torch.randn(1, shape.T, shape.d, device=device).to(dtype)
+                       for _ in range(INPUTS + 1))
             xs = [x.requires_grad_() for x in xs]
+            # Every path is right before it is timed.
             check_layers(shape, dtype, layers, xs[0], dy, ctx)
             yield print_table(rows_of(machine, shape, dtype, layers, xs, dy, ctx))

@@ -7,8 +7,13 @@ import shutil
 
 import sample
 import train
-from runtime.config import all_fields, show
-from settings import ONE_EXPERT, ROUTERS
+from runtime.config import all_fields
+from balance import LOSSES
+from ffn import ACTIVATIONS
+from model import KINDS, MIXERS
+from routers import ROUTERS
+from settings import show
+
 from .home import TINY, call, words
 
 FIELDS = dict(all_fields())
@@ -37,6 +42,8 @@ SMALL = {"model.n_layer": [1, 2, 3], "model.n_head": [1, 2, 3, 4], "model.n_kv_h
          "train.device": ["auto", "cpu", "mps", "cuda"],
          "lifelong.freeze": [[], "embedding*", ["*attention*"], ["*"], ["nothing*"], "*ffn*"],
          "lifelong.lora_rank": [0, 1, 3, 40]}
+NAMED = {"ffn.kind": list(KINDS), "ffn.router": list(ROUTERS), "ffn.balance": ["auto", "none", *LOSSES],
+         "ffn.activation": ["swiglu", *ACTIVATIONS], "model.mixer": list(MIXERS)}
 SEEDS = [0, 1, 12345, 2**40, 2**63, 2**70]
 
 
@@ -45,7 +52,7 @@ def random_settings(rng, home):
     settings = {"ffn.kind": rng.choice(["dense", "moe", "moe", "moe", "peer", "pkm"])}
     if settings["ffn.kind"] == "moe":
         router = settings["ffn.router"] = rng.choice(list(ROUTERS))
-        settings["ffn.top_k"] = 1 if router in ONE_EXPERT else 2
+        settings["ffn.top_k"] = ROUTERS[router].traits.k if ROUTERS[router].traits.k > 0 else 2
         if router == "domain":
             settings |= {"data.name": ["one", "two"], "ffn.n_expert": 2}
     else:
@@ -68,8 +75,9 @@ def random_value(rng, key, home):
         return rng.choice(SMALL[key]) if SMALL[key] else None
     if spec.type is bool:
         return rng.random() < 0.5
-    if spec.metadata["choices"]:
-        return "no-such" if rng.random() < 0.1 else rng.choice(spec.metadata["choices"])
+    choices = spec.metadata["choices"] or NAMED.get(key)
+    if choices:
+        return "no-such" if rng.random() < 0.1 else rng.choice(choices)
     if spec.type is int:
         return rng.choice(SEEDS)
     low, high = spec.metadata["low"], spec.metadata["high"]

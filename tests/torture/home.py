@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from runtime import checkpoint
 import train
 from data.prepare import prepare
+from runtime import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = {"one": "def f(x): return x + 1  # emoji \U0001f600\r\n", "two": "all happy families are alike. "}

@@ -6,15 +6,15 @@ import shutil
 
 import torch
 
-from grow import btx
-from runtime import checkpoint
-from grow import lifelong
 import sample
 import train
-from runtime.config import all_fields
 from data import prepare as preparing
-from lab.papers import evaluate
+from grow import btx, lifelong
 from lab import experiment, plots
+from lab.papers import evaluate
+from runtime import checkpoint
+from runtime.config import all_fields
+
 from .home import TINY, call, same_checkpoints, words
 from .programs import EXPERIMENT
 

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-from runtime import checkpoint
-import train
-from settings import ROUTERS
 from tiny import KINDS
+
+import train
+from runtime import checkpoint
+from routers import ROUTERS
+
 from .home import ROOT, same_checkpoints
 
 WRITING = ".ckpt_new.pt.tmp"                                # there while a checkpoint is written
@@ -114,7 +116,7 @@ def random_model(rng):
     settings = {k: v for k, v in KINDS[kind].items() if not k.startswith("model.")}
     more = rng.choice([{}, {"model.dropout": 0.2}, {"train.grad_accum": 2}, {"train.dtype": "bfloat16"},
                        {"train.keep": "last"}])
-    if rng.random() < 0.2 and kind in ROUTERS and kind not in ("soft", "expert_choice"):
+    if rng.random() < 0.2 and kind in ROUTERS and ROUTERS[kind].traits.capacity:
         more = more | {"ffn.capacity_factor": 1.0}
     return " ".join([kind, *map(str, more)]), settings | more
 

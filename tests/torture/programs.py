@@ -12,6 +12,7 @@ from data import building
 from data import prepare as preparing
 from data.binfile import DataError
 from data.folders import inspect_folder
+
 from .kills import Child, rows_of, steps_logged
 
 

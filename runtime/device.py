@@ -1,0 +1,56 @@
+"""What a run computes with: device, arithmetic, compiler."""
+import contextlib
+
+import torch
+
+from runtime import parallel
+from settings import ConfigError
+
+
+def pick_device(name, option="--device"):
+    """A device that is there; auto takes the fastest. Raises ConfigError."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(d for d, ok in there.items() if ok) if name == "auto" else name
+    if not there[name]:
+        raise ConfigError(f"{option} {name} is not available here; use auto or cpu")
+    return name
+
+
+def resolve_device(name):
+    """torch.device of train.device, for this process. Raises ConfigError if there is none."""
+    return parallel.own(torch.device(pick_device(name, "train.device =")))
+
+
+def resolve_dtype(name, device):
+    """(dtype, reason) of train.dtype. auto is one rule for all machines, so that a config means the same
+    everywhere: bfloat16 on CUDA, where it is several times faster; float32 on CPU, where few processors have
+    it, and on MPS."""
+    if name != "auto":
+        return name, "as configured"
+    name = "bfloat16" if device.type == "cuda" else "float32"
+    return name, f"auto: {name} on {device.type}"
+
+
+def resolve_compile(config, device, why_not):
+    """(whether to torch.compile, reason); why_not: what the layers have against it, or an empty text. Raises
+    ConfigError where it is asked for and cannot be."""
+    mode = config.train.compile
+    if parallel.sharded(config):
+        why_not = "fsdp, which frees parameters between blocks"
+    if why_not and mode == "on":
+        raise ConfigError(f"train.compile = \"on\" cannot be with {why_not}; use \"auto\" or \"off\"")
+    if mode != "auto":
+        return mode == "on", "as configured"
+    if why_not:
+        return False, f"auto: not with {why_not}"
+    return device.type == "cuda", "auto: CUDA" if device.type == "cuda" else "auto: it pays on CUDA only"
+
+
+def precision(device, dtype):
+    """Context in which forward and backward run: autocast for bfloat16, nothing for float32."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+
+
+def as_trained(model):
+    """Context in which a model computes as in its own training's evaluation."""
+    return precision(next(model.parameters()).device, model.config.train.dtype)
