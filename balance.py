@@ -2,14 +2,15 @@
 
 A router left alone feeds the experts that are already better, and most of them die. Each loss below takes a
 Routing and returns a scalar before its coefficient; fractions that are counted carry no gradient, so the loss
-pushes through the probabilities alone. The normalisers differ from paper to paper, and so do the minima:
-coefficients do not transfer from one loss to another. Losses are per layer; pooling the layers first would
-let one make up for another. With several processes they are those of the whole batch: counts and what enters
-a loss as a product or a square are summed over processes (runtime/parallel.py); a mean of tokens or sequences
-is not, since gradients are averaged anyway.
+pushes through the probabilities alone. Minima differ from paper to paper: coefficients do not transfer. Losses
+are per layer, so that no layer makes up for another, and of the micro-batch of all processes: counts and what
+enters as a product or a square are summed over them; a mean is not, since gradients are averaged anyway.
 
-A new loss is a function `loss(routing, load, config, shape)` and its name in LOSSES.
+A new loss is a function `loss(routing, load, config, shape)` and its name in LOSSES; coefficients of its own go
+into COEFFICIENTS. If it is no mean over sequences or tokens, its name is in OF_MICRO_BATCH as well.
 """
+from functools import partial
+
 import torch
 
 from runtime.parallel import global_mean, global_sum
@@ -31,8 +32,7 @@ def switch_loss(routing, load, config, shape):
 
 
 def gshard_loss(routing, load, config, shape):
-    """mean_i (c_i / N) m_i, c the first choices and m the mean gate (GShard 2006.16668 alg. 1). Uniform:
-    1/E^2."""
+    """mean_i (c_i / N) m_i, c first choices, m the mean gate (GShard 2006.16668 alg. 1). Uniform: 1/E^2."""
     first = global_sum(expert_counts(routing.expert.view(-1, routing.k)[:, 0], load.numel()))
     return ((first / first.sum()) * routing.probs.mean(0)).mean()
 
@@ -48,17 +48,18 @@ def importance_loss(routing, load, config, shape):
 
 
 def load_loss(routing):
-    """CV^2 of the smooth load (Shazeer 1701.06538 eq. 11); 0 in evaluation, where no noise is drawn. Uniform:
-    0."""
+    """CV^2 of the smooth load (Shazeer 1701.06538 eq. 11); 0 in evaluation, without noise. Uniform: 0."""
     smooth = routing.smooth_load
     return routing.weight.new_zeros(()) if smooth is None else cv_squared(global_sum(smooth))
 
 
-def btx_loss(routing, load, config, shape):
+def btx_loss(routing, load, config, shape, detached=False):
     """E sum_i u_i p_i, u the mean gate of expert i and p its mean probability (BTX 2403.07816 sec. 3.2).
-    Uniform: 1 where gates sum to 1. u is not a count, so both factors carry a gradient."""
+    Uniform: 1 where gates sum to 1, a saddle and no minimum: u is not a count, both factors carry a gradient,
+    and the loss falls towards uneven routing as well. detached: u is a constant, as in the other losses."""
     N = routing.probs.shape[0]
-    u = global_mean(torch.zeros_like(load).scatter_add(0, routing.expert, routing.weight) / N)
+    gates = routing.weight.detach() if detached else routing.weight
+    u = global_mean(torch.zeros_like(load).scatter_add(0, routing.expert, gates) / N)
     return load.numel() * (u * global_mean(routing.probs.mean(0))).sum()
 
 
@@ -71,23 +72,20 @@ def per_sequence(routing, shape):
 
 
 def deepseek_loss(routing, load, config, shape):
-    """sum_i f_i P_i for every sequence, then their mean (DeepSeekMoE 2401.06066 eq. 12-14; V2 2405.04434 eq.
-    23-25). Uniform: 1."""
+    """sum_i f_i P_i, a mean over sequences (DeepSeekMoE 2401.06066 eq. 12-14; V2 2405.04434 eq. 23). Uniform: 1."""
     f, P = per_sequence(routing, shape)
     # a mean over experts in place of the sum would weaken it E times, and routing would collapse quietly
     return (f * P).sum(-1).mean()
 
 
 def device_loss(routing, config, shape):
-    """The same over groups: f' the mean f and P' the sum of P in a group (DeepSeek-V2 eq. 26-28). Uniform:
-    1."""
+    """The same over groups: f' the mean f, P' the sum of P in a group (DeepSeek-V2 eq. 26-28). Uniform: 1."""
     f, P = (t.unflatten(-1, (config.n_groups, -1)) for t in per_sequence(routing, shape))
     return (f.mean(-1) * P.sum(-1)).sum(-1).mean()
 
 
 def comm_loss(routing, config, shape):
-    """sum_j f''_j P''_j over the D groups (DeepSeek-V2 eq. 29-31). Uniform: 1 where every token uses exactly
-    M groups."""
+    """sum_j f''_j P''_j over D groups (DeepSeek-V2 eq. 29-31). Uniform: 1 where a token uses M groups."""
     (B, T), D = shape, config.n_groups
     # the groups that each token's experts lie in, and whether it is sent to group j at all
     group = routing.expert.view(B, T, -1) // (routing.probs.shape[-1] // D)             # (B, T, k)
@@ -104,15 +102,20 @@ def z_loss(routing):
 
 
 LOSSES = dict(switch=switch_loss, gshard=gshard_loss, importance_load=importance_loss, btx=btx_loss,
-              deepseek=deepseek_loss, loss_free=deepseek_loss)
+              btx_detached=partial(btx_loss, detached=True), deepseek=deepseek_loss, loss_free=deepseek_loss)
+# Settings that some read beside balance_loss; and those that differ if a batch is cut into micro-steps.
+COEFFICIENTS = dict(importance_load=("load_loss",), deepseek=("device_loss", "comm_loss"), loss_free=("bias_rate",))
+OF_MICRO_BATCH = {"switch", "gshard", "importance_load", "btx", "btx_detached"}
+
+
+def coefficients(balance):
+    """Names of the settings that a balance reads."""
+    return () if balance == "none" else ("balance_loss", *COEFFICIENTS.get(balance, ()))
 
 
 def auxiliary_losses(routing, load, config, shape):
-    """(aux, balance, z): what enters the objective with its coefficients, and the two losses before them.
-
-    load (E,) is what was sent before any capacity limit; shape = (B, T). ValueError for a router that does
-    not give what a loss needs.
-    """
+    """(aux, balance, z): what enters the objective with its coefficients, and the two losses before them. load
+    (E,) is what was sent before any capacity limit; shape = (B, T). ValueError for a router that lacks a part."""
     zero = torch.zeros((), device=load.device)
     balance = z = zero
     # the balance loss; beside loss_free it is the sequence loss of DeepSeek-V3 (its coefficient: 0.0001),
@@ -145,12 +148,14 @@ def require(found, what, setting, trait, config):
 
 @torch.no_grad()
 def update_bias(bias, load, rate):
-    """Loss-free balancing (2408.15664 alg. 1): b_i += u sign(mean load - load_i), in place.
+    """Loss-free balancing (2408.15664 alg. 1): b_i += u sign(mean load - load_i), in place, minus the mean of
+    these steps: that changes no choice among these experts, and their mean bias does not drift.
 
     `load` (E,) must come from the batch just finished, all micro-steps and processes together: the bias of
     the present batch would tell a token what later tokens chose.
     """
-    bias += rate * torch.sign(load.mean() - load)
+    step = torch.sign(load.mean() - load)
+    bias += rate * (step - step.mean())
 
 
 def policy_loss(stats, token_loss, coefficient):
@@ -159,8 +164,7 @@ def policy_loss(stats, token_loss, coefficient):
     loss, reward = torch.zeros((), device=token_loss.device), -token_loss.detach()
     for s in stats:
         if s.log_prob is not None:
-            # r moves by nats while the model learns: whitened over the batch, a step follows the router's
-            # choice and not the model's progress
+            # whitened over the batch, so that a step follows the router's choice, not the model's progress
             advantage = (reward - s.baseline).detach()
             white = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-5)
             policy = -(white * s.log_prob).mean()

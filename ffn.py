@@ -1,8 +1,7 @@
 """The feed-forward slot of a block: what a layer in it gets, what it tells, and the dense layer.
 
-Every kind is called as `ffn(x, ctx) -> (y, stats)` with x and y (B, T, d). It is a class that inherits from
-FeedForward and overrides what is true of it; the model, the training loop, the log, the sampler and the plots
-ask these methods and never which kind it is. A line in model.build_ffn puts it into the slot.
+Every kind is called as `ffn(x, ctx) -> (y, stats)` with x and y (B, T, d). It is a FeedForward with a line in
+model.KINDS that overrides what is true of it; others ask these methods, never which kind it is.
 
 Letters, here and in the whole repository: B sequences, T positions, d width, V vocabulary; N = B T tokens;
 E experts, w hidden width of one; k choices of a token, P = N k pairs (token, expert); h heads, m sub-keys of
@@ -57,12 +56,12 @@ class FeedForward(nn.Module):
     many = False            # too many experts to be watched and drawn one by one
     steerable = False       # something can even out their load, so that a collapse is worth a warning
     columns = ()            # settings of [ffn] that tell two layers of this kind apart, for tables of models
+    reads = ()              # settings of [ffn] that it reads and not every other kind
 
     @staticmethod
     def checks(config):
         """[(is wrong, key, why)] of a complete Config with this kind of layer."""
-        return [(config.ffn.n_frozen, "ffn.n_frozen", f"needs experts: ffn.kind = \"{config.ffn.kind}\" has "
-                 "none to freeze")]
+        return [(config.ffn.n_frozen, "ffn.n_frozen", f"needs experts, and {config.ffn.kind} has none")]
 
     @staticmethod
     def usual_layers(n_layer):
@@ -72,6 +71,10 @@ class FeedForward(nn.Module):
     def describe(self, dtype):
         """A few words on what it holds and how it computes in `dtype`; ValueError if it cannot."""
         return ""
+
+    def remarks(self):
+        """What a reader of sampled text should know of it: list of texts."""
+        return []
 
     def init_weights(self, n_layer):
         """Draws the parameters that the constructor left open; GPT calls it once, layer after layer."""
@@ -87,14 +90,10 @@ class FeedForward(nn.Module):
         return 0
 
     def flops_per_token(self):
-        """Forward FLOPs: a multiply-add, 2, for each number of a matrix that a token meets. Low-rank adapters
-        do not count: they are folded into the weights wherever the model is used."""
+        """Forward FLOPs: a multiply-add, 2, for each number of a matrix that a token meets."""
+        # without low-rank adapters, which are folded into the weights wherever the model is used
         matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() > 1 and "lora_" not in name)
         return 2 * (matrices - self.inactive_params())
-
-    def differences(self):
-        """Why several processes would not train what one process would: list of texts."""
-        return []
 
     def not_compiled(self):
         """Why torch.compile cannot take it, or an empty text."""
@@ -103,6 +102,10 @@ class FeedForward(nn.Module):
     def not_grown(self):
         """Why more experts cannot be added to a trained one, or an empty text."""
         return "it has no experts; `python -m grow.btx upcycle` makes them"
+
+    def by_parts(self):
+        """Keys of the settings by which it trains otherwise if a batch is cut into parts."""
+        return []
 
     def remedy(self):
         """What evens out the load of its experts."""
@@ -128,38 +131,39 @@ def hidden_rows(width, activation):
 
 def activation_of(h, kind):
     """Non-linearity of the pre-activation: (..., 2w) -> (..., w) for swiglu, else (..., w) -> (..., w)."""
-    if kind == "swiglu":                                    # SwiGLU (2002.05202 eq. 6): silu(gate) * up
+    # SwiGLU (2002.05202 eq. 6): silu(gate) * up
+    if kind == "swiglu":
         gate, up = h.chunk(2, -1)
         return F.silu(gate) * up
     return ACTIVATIONS[kind](h)
 
 
 def fill_widths(config, d):
-    """Sets the hidden widths of an FFNConfig that are 0. A swiglu layer has three matrices, so 8/3 d instead
-    of 4 d gives it the parameters of the others."""
+    """Sets the hidden widths of an FFNConfig that are 0."""
+    # 4 d; 8/3 d for swiglu, which has three matrices, and so as many parameters; to a multiple of 8
     if not config.d_ff:
         config.d_ff = 8 * math.ceil(d * (1 if config.activation == "swiglu" else 1.5) / 3)
     config.d_dense = config.d_dense or config.d_ff
 
 
 def by_hand(config, d, fill, checks):
-    """An FFNConfig that was made in Python, completed by fill(Config, d) and checked, as a copy. Raises
-    ConfigError."""
+    """An FFNConfig made in Python, completed by fill(Config, d) and checked, as a copy. Raises ConfigError."""
+    # a Config of which only [ffn] means anything
     whole = Config(ffn=copy.copy(config))
     fill_widths(whole.ffn, d)
     fill(whole, d)
     for wrong, key, why in checks(whole):
-        if wrong and key.startswith("ffn."):                # the rest of this Config is nobody's
+        if wrong and key.startswith("ffn."):
             whole.fail(key, why)
     return whole.ffn
 
 
 @torch.no_grad()
 def draw(weight, n_layer=0):
-    """Fills a matrix (..., out, in) with N(0, 1 / (2 in)): of an input of variance 1, as the norm before it
-    gives, each output has variance 1/2, whatever the width. With n_layer it is one that writes to the
-    residual stream, and is divided by sqrt(2 n_layer): the sum of all 2 n_layer writes has the size of one."""
+    """Fills a matrix (..., out, in); n_layer: of one that writes to the residual stream."""
+    # N(0, 1 / (2 in)): of an input of variance 1, as the norm gives, each output has variance 1/2
     std = (2 * weight.shape[-1]) ** -0.5
+    # the sum of all 2 n_layer writes to the residual stream has the size of one
     weight.normal_(std=std / (2 * n_layer) ** 0.5 if n_layer else std)
 
 

@@ -1,38 +1,32 @@
-"""A GPT in one file: embeddings, rotary causal attention with a KV cache, and blocks with two open slots: what
-mixes positions, and the feed-forward layer.
+"""A GPT in one file: embeddings, rotary causal attention with a KV cache, and blocks with two open slots, for
+what mixes positions and for the feed-forward layer.
 
 What stands in the slots is named in the config and looked up in MIXERS and KINDS; the rest of the model does
-not know. A feed-forward layer answers with its output and a Stats tuple (ffn.py),
-and GPT.forward hands both upward: losses that only train the router never mix with the cross-entropy that is
-reported.
+not know. A feed-forward layer answers with its output and a Stats tuple, and GPT.forward hands both upward:
+losses that only train the router never mix with the cross-entropy that is reported.
 
-Letters as in ffn.py: B sequences, T positions, d width, V vocabulary; here also S, cached and new positions
-together.
+Letters as in ffn.py; here also S, cached and new positions together.
 """
 import copy
-import difflib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import moe
 import peer
-from balance import LOSSES, policy_loss
+from balance import LOSSES, coefficients, policy_loss
 from ffn import ACTIVATIONS, Context, Dense, Stats, draw, fill_widths
 from moe import MoE
-from peer import PEER
+from peer import PEER, PKM
 from routers import ROUTERS
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions; query heads share n_kv_head keys and values (2305.13245).
-
-    What a mixer answers: forward(x (B, T, d), rotary, state, start) -> (B, T, d), where x follows `start`
-    earlier positions that `state`, made by new_state, remembers; init_weights; flops_per_token.
-    """
+    """Causal attention with rotary positions; query heads share n_kv_head keys and values (2305.13245). It
+    answers what a mixer does: forward(x (B, T, d), rotary, state, start) -> (B, T, d), where x follows `start`
+    positions that `state`, made by new_state, remembers; init_weights; flops_per_token."""
 
     def __init__(self, config):
         super().__init__()
@@ -58,7 +52,9 @@ class Attention(nn.Module):
         # with a cache: all S keys and values so far, of which new token i sees the old ones and those up to i
         mask = None
         if state is not None:
-            k, v = extend(state, start, k, v)                                       # (B, n_kv_head, S, head)
+            state[0, :, :, start:start + T] = k
+            state[1, :, :, start:start + T] = v
+            k, v = state[:, :, :, :start + T]                                       # (B, n_kv_head, S, head)
             if T > 1 and start:
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         y = F.scaled_dot_product_attention(
@@ -68,8 +64,7 @@ class Attention(nn.Module):
 
     def new_state(self, batch_size, block_size, dtype):
         """Room for the keys and values of block_size positions, (2, B, n_kv_head, block_size, head)."""
-        shape = 2, batch_size, self.n_kv_head, block_size, self.head
-        return torch.zeros(shape, device=self.out.weight.device, dtype=dtype)
+        return self.out.weight.new_zeros(2, batch_size, self.n_kv_head, block_size, self.head, dtype=dtype)
 
     def flops_per_token(self, context):
         """Forward FLOPs: projections, and scores and sums over the (T + 1) / 2 positions of the mean token."""
@@ -77,17 +72,9 @@ class Attention(nn.Module):
         return 2 * weights + 2 * 2 * self.out.out_features * (context + 1) / 2
 
 
-def extend(state, start, k, v):
-    """Writes the new keys and values (B, n_kv_head, T, head) behind `start` others; returns all S of them."""
-    end = start + k.shape[2]
-    state[0, :, :, start:end] = k
-    state[1, :, :, start:end] = v
-    return state[0, :, :, :end], state[1, :, :, :end]
-
-
 def rotary_table(head, block_size, base):
-    """cos and signed sin of position * base^(-2i/head), (2, block_size, 1, head) (RoFormer 2104.09864 eq.
-    34)."""
+    """cos and signed sin of position * base^(-2i/head), (2, block_size, 1, head) (RoFormer 2104.09864)."""
+    # pair i turns by base^(-2i/head) from one position to the next
     frequency = base ** (-torch.arange(0, head, 2) / head)
     angle = torch.outer(torch.arange(block_size), frequency)                        # (block_size, head/2)
     cos, sin = angle.cos(), angle.sin()
@@ -95,8 +82,8 @@ def rotary_table(head, block_size, base):
 
 
 def rotate(x, table):
-    """Turns each pair (i, i + head/2) of x (B, T, heads, head) by its position's angle; table (2, T, 1,
-    head). The paper pairs neighbours, which is the same up to the order of the features."""
+    """Turns x (B, T, heads, head) by its positions' angles; table (2, T, 1, head)."""
+    # eq. 34, for each pair (i, i + head/2); the paper pairs neighbours: the same up to the features' order
     cos, sin = table.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -109,7 +96,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x):
-        # F.rms_norm is one kernel on CUDA; on a CPU it is a dozen, a sixth of the step of a small model
+        # eq. 4; F.rms_norm is one kernel on CUDA; on a CPU it is a dozen, a sixth of the step of a small model
         if x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
             from kernels.norm import NormOnCPU
             return NormOnCPU.apply(x, self.weight)
@@ -118,12 +105,13 @@ class RMSNorm(nn.Module):
 
 # The names in a config of what can stand in the two slots of a block: a line here is a new mixer or layer.
 MIXERS = dict(attention=Attention)
-KINDS = dict(dense=Dense, moe=MoE, peer=PEER, pkm=PEER)
+KINDS = dict(dense=Dense, moe=MoE, peer=PEER, pkm=PKM)
 
 
 def build_ffn(config, layer):
     """The feed-forward layer of block `layer`: of the kind of [ffn] where that stands, else dense."""
     f, m, sparse = config.ffn, config.model, sparse_layers(config)
+    # a dense model has layers of width d_ff, the dense layers of a sparse one d_dense
     if layer in sparse:
         return KINDS[f.kind](f, m.n_embd, vocab_size=m.vocab_size, layer=layer, n_layer=m.n_layer)
     return Dense(m.n_embd, f.d_dense if sparse else f.d_ff, f.activation)
@@ -141,13 +129,13 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.model.dropout)
 
     def forward(self, x, ctx, rotary, state, start):
+        # tokens exchange what they know, then each by itself goes through its feed-forward layer
         x = x + self.dropout(self.attention(self.norm_attention(x), rotary, state, start))
         y, stats = self.ffn(self.norm_ffn(x), ctx)
         return x + self.dropout(y), stats
 
 
 class Output(NamedTuple):
-    """What a forward pass returns."""
     logits: Tensor | None               # (B, T, V); None in training with loss_chunks > 1
     loss: Tensor | None                 # () mean cross-entropy alone, nats per token; None without targets
     aux_loss: Tensor                    # () everything else in the training objective, coefficients applied
@@ -168,13 +156,11 @@ class Cache:
 
 
 class GPT(nn.Module):
-    """The language model of a Config, which is completed and checked here (ConfigError); model.vocab_size
-    must be set (ValueError).
+    """The language model of a Config, which is completed and checked here (ConfigError, ValueError).
 
     forward(idx (B, T), targets (B, T) or None, cache or None, domain (B,) or None, step) -> Output. With a
-    cache, idx holds only the new tokens, and cached positions and T together may not pass block_size
-    (ValueError). A training loop of one's own minimises loss + aux_loss and calls after_step([s.load for s
-    in stats]) after each optimizer step.
+    cache, idx holds only the new tokens; more than block_size positions are a ValueError. A training loop of
+    one's own minimises loss + aux_loss and calls after_step([s.load for s in stats]) after each step.
     """
 
     def __init__(self, config):
@@ -196,8 +182,8 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
 
     def init_weights(self):
-        """Embedding and head get std 0.02: first logits near 0, first loss near log V. Every layer draws its
-        own (ffn.draw); routers and PEER tables are drawn where they are made."""
+        """Every layer draws its own (ffn.draw); routers and PEER tables are drawn where they are made."""
+        # embedding and head get std 0.02: first logits near 0, first loss near log V
         nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:
             block.attention.init_weights(len(self.blocks))
@@ -210,38 +196,37 @@ class GPT(nn.Module):
         if start + T > self.config.model.block_size:
             raise ValueError(f"{start + T} positions do not fit model.block_size = "
                              f"{self.config.model.block_size}")
+        # embeddings, then block after block
         ctx = Context(idx, domain, step, cache is not None)
         rotary = self.rotary[:, start:start + T]
-        # embeddings, then block after block
+        states = [None] * len(self.blocks) if cache is None else cache.states
         x, stats = self.dropout(self.embedding(idx)), []                            # (B, T, d)
-        for i, block in enumerate(self.blocks):
-            x, s = block(x, ctx, rotary, None if cache is None else cache.states[i], start)
+        for block, state in zip(self.blocks, states):
+            x, s = block(x, ctx, rotary, state, start)
             stats.append(s)
         if cache is not None:
             cache.length += T
         # what the layers add to the objective, apart from the loss that is reported
         x, aux = self.norm(x), sum(s.aux_loss for s in stats)
+        # the output layer; a router that learns from the tokens' losses (rl) gets its objective now
         if targets is None:
             return Output(self.head(x), None, aux, stats)
-        logits, token_loss = self.token_loss(x, targets)
-        aux = aux + policy_loss(stats, token_loss, self.config.ffn.rl_loss)
-        return Output(logits, token_loss.mean(), aux, stats)
+        logits, loss, token_loss = self.token_loss(x, targets)
+        return Output(logits, loss, aux + policy_loss(stats, token_loss, self.config.ffn.rl_loss), stats)
 
     def token_loss(self, x, targets):
-        """(logits, cross-entropy of each token (B, T) in float32); in slices and without logits if
-        loss_chunks > 1."""
-        def slice_loss(x, targets):
-            return F.cross_entropy(self.head(x).float().flatten(0, -2), targets.flatten(), reduction="none")
-
+        """(logits, mean cross-entropy (), cross-entropy of each token (B, T)), float32. In training with
+        loss_chunks > 1 there are no logits, and the mean alone carries a gradient."""
         chunks = self.config.model.loss_chunks
-        if chunks == 1 or not self.training:
-            logits = self.head(x)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-            return logits, loss.view_as(targets)
-        # backward makes the slice's logits again
-        parts = [checkpoint(slice_loss, a, t, use_reentrant=False)
-                 for a, t in zip(x.flatten(0, 1).chunk(chunks), targets.flatten().chunk(chunks))]
-        return None, torch.cat(parts).view_as(targets)
+        if chunks > 1 and self.training:
+            # loss and gradient of the logits in one pass, a slice of the tokens at a time
+            from kernels.loss import head_loss
+            rows = -(-targets.numel() // chunks)
+            mean, loss = head_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), rows)
+            return None, mean, loss.view_as(targets)
+        logits = self.head(x)                                                       # (B, T, V)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        return logits, loss.mean(), loss.view_as(targets)
 
     def new_cache(self, batch_size=1, dtype=None):
         """An empty Cache for `batch_size` sequences on the model's device."""
@@ -249,8 +234,7 @@ class GPT(nn.Module):
         return Cache([block.attention.new_state(batch_size, T, dtype) for block in self.blocks])
 
     def after_step(self, loads):
-        """After each optimizer step: hands every layer the load that it saw in that step, a list of (E,)
-        tensors. Loss-free balancing moves its biases here."""
+        """After each optimizer step: hands every layer its (E,) load, by which loss-free biases move."""
         for block, load in zip(self.blocks, loads):
             block.ffn.after_step(load)
 
@@ -259,12 +243,16 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.ffn.set_token_counts(counts)
 
+    def per_micro_batch(self):
+        """Settings by which train.grad_accum changes what is trained, as texts; none: it only saves memory."""
+        found = [key for block in self.blocks for key in block.ffn.by_parts()]
+        found += ["model.dropout"] if self.config.model.dropout else []
+        return [f"{key} {self.config.get(key)}" for key in dict.fromkeys(found)]
+
     def differences(self):
-        """Why several processes would not train the model that one process would: list of texts."""
-        found = [text for block in self.blocks for text in block.ffn.differences()]
-        if self.config.model.dropout:
-            found.append("each process draws its own dropout")
-        return list(dict.fromkeys(found))
+        """Those by which several processes would not train the model that one process would."""
+        # balance losses and batch norms are put together over processes
+        return [text for text in self.per_micro_batch() if not text.startswith(("ffn.balance", "ffn.query_norm"))]
 
     def not_compiled(self):
         """Why torch.compile cannot take it, or an empty text."""
@@ -277,8 +265,7 @@ class GPT(nn.Module):
         return ParamCount(total, total - sum(block.ffn.inactive_params() for block in self.blocks))
 
     def flops_per_token(self, context=None):
-        """Forward FLOPs per token, a product of (n, a) and (a, b) as 2ab: mixers, feed-forward layers with
-        router and retrieval, head. Training: 3 times."""
+        """Forward FLOPs per token, a multiply-add as 2, router and retrieval included. Training: 3 times."""
         m, T = self.config.model, context or self.config.model.block_size
         blocks = sum(b.attention.flops_per_token(T) + b.ffn.flops_per_token() for b in self.blocks)
         return int(blocks + 2 * m.n_embd * m.vocab_size)
@@ -290,7 +277,7 @@ class GPT(nn.Module):
 def sparse_layers(config):
     """Indices of the layers whose feed-forward slot holds the kind of [ffn]; all others are dense."""
     f = config.ffn
-    if f.kind == "dense":
+    if KINDS[f.kind] is Dense:
         return []
     every = [i for i in range(config.model.n_layer) if (i + 1) % f.moe_every == 0]
     return [i for i in (sorted(set(f.moe_layers)) or every) if i >= f.n_dense_first]
@@ -300,15 +287,18 @@ def resolve(config):
     """Fills in, in place, the values that follow from others (0 in the file), so that a saved config says
     what ran. Raises ConfigError for a name that does not exist."""
     m, f = config.model, config.ffn
+    # names
     for key, known in (("model.mixer", MIXERS), ("ffn.kind", KINDS), ("ffn.router", ROUTERS),
                        ("ffn.balance", ["auto", "none", *LOSSES]), ("ffn.activation", ["swiglu", *ACTIVATIONS])):
         if config.get(key) not in known:
-            near = difflib.get_close_matches(str(config.get(key)), known, n=1, cutoff=0.5)
-            config.fail(key, f"is not one of {', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else ""))
+            from runtime.config import nearest
+            config.fail(key, f"is not one of {', '.join(known)}{nearest(config.get(key), known)}")
+    # widths, heads, balance
     m.n_kv_head = m.n_kv_head or m.n_head
     fill_widths(f, m.n_embd)
     peer.fill_keys(config, m.n_embd)
     moe.fill_choices(config)
+    # where the sparse layers stand
     if not f.moe_every:
         f.moe_every = 1
         f.moe_layers = f.moe_layers or KINDS[f.kind].usual_layers(m.n_layer)
@@ -325,7 +315,7 @@ def check(config):
         (m.n_head % m.n_kv_head, "model.n_kv_head", f"must divide model.n_head = {m.n_head}"),
         (any(not 0 <= i < m.n_layer for i in f.moe_layers), "ffn.moe_layers",
          f"names a layer outside 0..{m.n_layer - 1}"),
-        (f.kind != "dense" and not sparse_layers(config),
+        (KINDS[f.kind] is not Dense and not sparse_layers(config),
          "ffn.n_dense_first" if f.n_dense_first else "ffn.moe_every",
          f"leaves none of the {m.n_layer} layers sparse; for a dense model set ffn.kind = \"dense\""),
     ]
@@ -336,12 +326,24 @@ def check(config):
 
 
 def load_config(path=None, overrides=()):
-    """The complete Config of a TOML file and of (key, value) pairs, values as Python has them or as text from
-    a command line. With train.init_from the model is not known yet, and nothing is checked but each value.
-    Raises ConfigError."""
+    """The complete Config of a TOML file and of (key, value) pairs, values of Python or text. With
+    train.init_from the model is not known yet, and nothing is checked but each value. Raises ConfigError."""
     from runtime.config import check_run, read_config
+    from runtime.given import refuse_unread
     config = resolve(read_config(path, overrides))
-    return config if config.train.init_from else check_run(check(config))
+    if config.train.init_from:
+        return config
+    check_run(check(config))
+    refuse_unread(config, readers())
+    return config
+
+
+def readers():
+    """[(choice, value, names)]: the settings of [ffn] that are read with ffn.CHOICE = value."""
+    placed = ("d_dense", "moe_every", "moe_layers", "n_dense_first")
+    return [*(("kind", name, kind.reads + (() if kind is Dense else placed)) for name, kind in KINDS.items()),
+            *(("router", name, router.traits.reads) for name, router in ROUTERS.items()),
+            *(("balance", name, coefficients(name)) for name in LOSSES)]
 
 
 def load_model(folder, device="cpu", which="best"):

@@ -1,14 +1,11 @@
 """How tokens travel: experts, four ways to dispatch tokens to them, and the MoE layer in five steps.
 
-Design decisions, each with what it is for:
-- Experts are 3-D parameters (E, out, in): one tensor, one optimizer entry, and a layout that grouped products
-  take without a copy.
+Design decisions:
+- Experts are 3-D parameters (E, out, in): one optimizer entry, and what grouped products take without a copy.
 - The routing weight multiplies the activation, not the expert's output: W2 (p act(h)) = p W2 act(h), but the
-  (P, d) output need not be kept for the router's gradient, which is then a product over the w hidden units
-  instead of d.
+  (P, d) output need not be kept for the router's gradient, which is then a product over w numbers, not d.
 - The grouped path keeps layer input and pre-activation for backward and computes everything else again.
-- Dropless is the default. A dropped pair is a pair of weight 0, so every path agrees on what a capacity limit
-  means.
+- Dropless is the default. A dropped pair has weight 0, so that all paths agree on what a capacity limit means.
 
 Letters as in ffn.py: N tokens, d width, E experts of hidden width w, k choices of a token, P = N k pairs.
 """
@@ -17,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from balance import auxiliary_losses, entropy, expert_counts, update_bias
+from balance import OF_MICRO_BATCH, auxiliary_losses, coefficients, entropy, expert_counts, update_bias
 from ffn import MLP, FeedForward, Stats, activation_of, by_hand, draw, hidden_rows
 from routers import ROUTERS, top_expert, traits_of, visited
 
@@ -41,8 +38,7 @@ def pair_weights(routing, dtype):
 def dispatch_loop(x, routing, experts):
     """The path to read first: for each expert, gather its tokens, run it, add the weighted result back.
 
-    x (N, d) -> (N, d). Any dtype, any width: the oracle of the others. It waits for the host once per expert.
-    """
+    x (N, d) -> (N, d). Any dtype, any width: the oracle of the others. It waits for the host per expert."""
     y = torch.zeros_like(x)
     weight = pair_weights(routing, x.dtype)
     for e in range(experts.w_in.shape[0]):
@@ -71,12 +67,9 @@ def rank_in_expert(routing, n_expert):
 
 
 def dispatch_padded(x, routing, experts, slots=None):
-    """Every expert gets the same number of slots, (E, slots, d), and all run as one batched product (GShard,
-    Switch). x (N, d) -> (N, d).
-
-    slots: at least the largest load, else pairs beyond it get no slot; None takes the largest load, which
-    waits for the host. Pairs that the routing drops take no slot.
-    """
+    """All experts have equally many slots, (E, slots, d), and run as one batched product (GShard, Switch). x
+    (N, d) -> (N, d). slots: pairs beyond it get none; None takes the largest load, which waits for the host.
+    Pairs that the routing drops take no slot."""
     E, d = experts.w_in.shape[0], x.shape[1]
     rank = rank_in_expert(routing, E)                                                   # (P,)
     slots = slots or max(int(rank.max()) + 1, 1)
@@ -93,13 +86,11 @@ def dispatch_padded(x, routing, experts, slots=None):
 
 
 def dispatch_grouped(x, routing, experts, fused=False, function=None):
-    """Sort the pairs by expert, run all experts in one grouped product, bring the results home. x (N, d) ->
-    (N, d).
+    """Sort the pairs by expert, run all in one grouped product, bring the results home. x (N, d) -> (N, d).
 
-    Every shape is known without looking at the loads: they live in the values of `offsets`. No host
-    synchronisation, no graph break, no recompilation. Needs widths that divide into 16 bytes (see
-    kernels.moe.grouped_refusal). fused: with the Triton kernels. function: one of the two autograd Functions of
-    kernels/moe.py; None takes the faster one.
+    Every shape is known without looking at the loads, which are values of `offsets`: nothing waits for the
+    host or is compiled again. Widths must divide into 16 bytes (kernels.moe.grouped_refusal). fused: with the
+    Triton kernels. function: one of the autograd Functions of kernels/moe.py; None takes the faster one.
     """
     from kernels.moe import pick_function                   # fast paths are read where they are used
     E = experts.w_in.shape[0]
@@ -142,22 +133,17 @@ def limit_capacity(routing, n_expert, slots, shape):
 
 
 def choose_dispatch(wanted, experts, x):
-    """The path that `ffn.dispatch = auto` takes, and the refusal of an explicit one that cannot run.
-
-    CPU: grouped (never fused, which a CPU could only interpret). CUDA with Triton: fused, whose kernels move
-    each row once and keep nothing but layer input and pre-activation. What the grouped paths refuse takes the
-    loop. Raises ValueError for an explicit grouped or fused that cannot run.
-    """
+    """The path that `ffn.dispatch = auto` takes; ValueError for an explicit grouped or fused that cannot run."""
     from kernels.common import use_triton
     from kernels.moe import grouped_refusal
     refusal = grouped_refusal(experts, x.dtype)
     if wanted in ("grouped", "fused") and refusal:
         raise ValueError(f"ffn.dispatch = \"{wanted}\" cannot run: {refusal}; use \"auto\" or \"loop\"")
     if wanted == "fused" and not use_triton(x):
-        raise ValueError("ffn.dispatch = \"fused\" needs a CUDA device and Triton; use \"auto\" or "
-                         "\"grouped\"")
+        raise ValueError('ffn.dispatch = "fused" needs a CUDA device and Triton; use "auto" or "grouped"')
     if wanted != "auto":
         return wanted
+    # auto: the loop for what the grouped paths refuse; fused on CUDA alone: a CPU could only interpret it
     if refusal:
         return "loop"
     return "fused" if x.is_cuda and use_triton(x) else "grouped"
@@ -169,10 +155,6 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-# balances that only the router which has them by default can be given, and why
-OWN = {"loss_free": "", "importance_load": ": the load estimate comes from its noise"}
-
-
 class MoE(FeedForward):
     """Router, experts, shared experts, balancing: the sparse feed-forward layer.
 
@@ -180,10 +162,12 @@ class MoE(FeedForward):
     n_shared times as wide (the same function), weighed by sigmoid(x w) if shared_gate (Qwen2 2407.10671).
 
     MoE(config, d, vocab_size, layer, n_layer): an FFNConfig, completed and checked (ConfigError) if it was
-    made by hand; vocab_size and layer are for hash tables. A loop of one's own that trains with balance = "loss_free" calls after_step(load)
-    after each optimizer step.
+    made by hand; vocab_size and layer are for hash tables. A loop of one's own calls after_step(load).
     """
     columns = ("router", "n_expert", "top_k", "granularity", "output_norm")
+    reads = ("n_expert", "top_k", "granularity", "d_expert", "n_shared", "d_shared", "shared_gate",
+             "output_norm", "n_frozen", "frozen_routes", "router", "balance", "z_loss", "dispatch",
+             "capacity_factor", "eval_capacity_factor")
 
     def __init__(self, config, d, vocab_size=0, layer=0, n_layer=1):
         super().__init__()
@@ -222,7 +206,8 @@ class MoE(FeedForward):
         factor = c.capacity_factor if self.training else c.eval_capacity_factor
         slots, dropped = None, torch.zeros((), device=x.device)
         if factor and not ctx.generating:
-            slots = min(B * T, -int(-factor * routing.expert.numel() // c.experts))
+            # factor P / E, rounded up, in whole numbers: 1.1 x 200 / 4 in floating point is above 55
+            slots = min(B * T, -(-round(factor * 10**12) * routing.expert.numel() // (c.experts * 10**12)))
             routing = limit_capacity(routing, c.experts, slots, (B, T))
             dropped = 1 - routing.keep.sum() / load.sum()
         # 4. there and back
@@ -242,8 +227,8 @@ class MoE(FeedForward):
                         None if baseline is None else baseline.view(B, T))
 
     def after_step(self, load):
-        """Moves the selection bias of loss_free. Experts whose routes are frozen keep theirs; the others are
-        balanced among themselves."""
+        """Moves the selection bias of loss_free."""
+        # experts whose routes are frozen keep theirs; the others are balanced among themselves
         first = self.n_frozen if self.config.frozen_routes else 0
         if self.config.balance == "loss_free" and first < self.n_expert:
             update_bias(self.router.bias[first:], load[first:], self.config.bias_rate)
@@ -255,6 +240,8 @@ class MoE(FeedForward):
     def checks(config):
         f, E, k, traits = config.ffn, config.ffn.experts, visited(config.ffn), traits_of(config.ffn)
         room = f.topk_groups * (E // f.n_groups)
+        only = lambda fits: " or ".join(                                                # noqa: E731
+            f'"{r}"' for r, router in ROUTERS.items() if fits(router.traits))
         return [
             (f.n_frozen > E, "ffn.n_frozen", f"is more than the {E} routed experts"),
             (f.top_k > f.n_expert, "ffn.top_k", f"is more than ffn.n_expert = {f.n_expert}"),
@@ -267,16 +254,15 @@ class MoE(FeedForward):
             *ROUTERS[f.router].refusals(config),
             (E % f.n_groups, "ffn.n_groups", f"does not divide the {E} routed experts"),
             (f.topk_groups > f.n_groups, "ffn.topk_groups", f"is more than ffn.n_groups = {f.n_groups}"),
-            (f.n_groups > 1 and not traits.groups, "ffn.n_groups", "works with ffn.router = "
-             + " and ".join(f'"{name}"' for name, router in ROUTERS.items() if router.traits.groups) + " only"),
+            (f.n_groups > 1 and "n_groups" not in traits.reads, "ffn.n_groups",
+             f"works with ffn.router = {only(lambda t: 'n_groups' in t.reads)} only"),
             (f.n_groups > 1 and room < k, "ffn.topk_groups", f"leaves {room} experts to choose {k} from"),
             (f.d_shared and f.n_shared, "ffn.d_shared",
              "and ffn.n_shared both set the shared width; give one of them"),
             (f.shared_gate and not (f.d_shared or f.n_shared), "ffn.shared_gate",
              "needs ffn.d_shared or ffn.n_shared"),
-            (f.balance in OWN and f.balance != traits.balance, "ffn.balance", "needs ffn.router = "
-             + " or ".join(f'"{name}"' for name, r in ROUTERS.items() if r.traits.balance == f.balance)
-             + OWN.get(f.balance, "")),
+            (f.balance in ("loss_free", "importance_load") and f.balance != traits.balance, "ffn.balance",
+             f"needs ffn.router = {only(lambda t: t.balance == f.balance)}, with the bias or the noise for it"),
             (f.balance != "none" and not traits.steerable, "ffn.balance", f"has nothing to act on: ffn.router = "
              f"\"{f.router}\" does not choose by probability; use \"none\""),
             (f.z_loss and not traits.logits, "ffn.z_loss", "needs a router with logits"),
@@ -293,24 +279,36 @@ class MoE(FeedForward):
         x = torch.empty(0, dtype=dtype, device=weight.device)
         path, refusal = choose_dispatch(c.dispatch, self.experts, x), grouped_refusal(self.experts, dtype)
         why = f" ({refusal})" if c.dispatch == "auto" and refusal else ""
-        return (f"{self.n_expert} experts, {self.n_active} a token, router {c.router}, balance {c.balance}, "
-                f"dispatch {path}{why}")
+        # what acts on the router beside the loss of the text, by its setting
+        own = [name for name in self.router.traits.reads if name.endswith("_loss")]
+        losses = ", ".join(f"{name} {getattr(c, name):g}" for name in (*coefficients(c.balance), "z_loss", *own)
+                           if getattr(c, name))
+        return (f"{self.n_expert} experts, {self.n_active} a token, router {c.router}, balance {c.balance}"
+                f"{losses and f' ({losses})'}, dispatch {path}{why}")
+
+    def remarks(self):
+        c, traits, found = self.config, self.router.traits, []
+        if traits.looks() or traits.sampling:
+            label = "; ".join(filter(None, [traits.looks(), traits.sampling]))
+            found.append(f"router {c.router}: {label}")
+        if c.eval_capacity_factor:
+            found.append(f"ffn.eval_capacity_factor = {c.eval_capacity_factor}: in evaluation the sequences of "
+                         "a batch compete for slots; sampling has no limit and drops nothing")
+        return found
 
     def inactive_params(self):
         one = self.experts.w_in[0].numel() + self.experts.w_out[0].numel()
         return one * (self.n_expert - self.n_active)
 
-    def differences(self):
-        c, found = self.config, []
-        if self.router.traits.differs() and (self.router.traits.across or self.router.draws_noise()):
-            found.append(f"ffn.router {c.router} draws noise or looks across the batch, in each process alone")
-        if c.capacity_factor + c.eval_capacity_factor > 0:
-            found.append("each process has its own capacity slots")
-        return found
+    def by_parts(self):
+        c, traits = self.config, self.router.traits
+        counted = c.balance in OF_MICRO_BATCH and any(getattr(c, name) for name in coefficients(c.balance))
+        found = [(traits.across or self.router.draws_noise(), "ffn.router"),
+                 (c.capacity_factor, "ffn.capacity_factor"), (counted, "ffn.balance")]
+        return [key for true, key in found if true]
 
     def not_compiled(self):
-        return "" if self.router.traits.compiles else f"ffn.router {self.config.router}, whose rounds depend " \
-                                                      "on the data"
+        return "" if self.router.traits.compiles else f"ffn.router {self.config.router}: its work depends on data"
 
     def not_grown(self):
         return self.router.traits.not_grown

@@ -11,10 +11,8 @@ An expert is one neuron, e_i(x) = act(x . u_i) v_i; a token uses R = h k of the 
 
 - u_i and v_i lie side by side in one table (E, 2, d): one index, one gradient, one optimizer entry. Sub-keys
   and experts are shared by all heads, as in the paper.
-- Queries, scores and gates are float32, also under autocast: a rounded score flips a choice. Tables stay
-  float32 and are never converted as a whole: readable converts the rows it gathered, lean and fused compute
-  in float32.
-- A table's gradient is added to the .grad that is there, if there is one: see kernels.peer.GatheredExperts.
+- Queries, scores and gates are float32, also under autocast: a rounded score flips a choice. So are tables.
+- loss.backward() adds a table's gradient to the .grad that is there: see kernels.peer.GatheredExperts.
 
 Letters as in ffn.py: N tokens, d width, E experts, h heads, k experts of a head, R = h k rows of a token,
 m sub-keys of each half (n_keys); here also p, the 2 halves of a query, and c, the width of one.
@@ -30,10 +28,8 @@ from runtime.parallel import global_mean, world
 
 
 class BatchNorm(nn.Module):
-    """Batch norm of (N, width), whose evaluation goes by running statistics alone: no token depends on its
-    neighbours. Training goes by the micro-batch, of all processes together, in which a padded position counts
-    like a real one: do not pad. ValueError for one training token.
-    """
+    """Batch norm of (N, width). Evaluation goes by running statistics alone: no token depends on its neighbours.
+    Training goes by the micro-batch of all processes, where padding counts as text. ValueError for one token."""
 
     def __init__(self, width, momentum=0.1):
         super().__init__()
@@ -48,11 +44,12 @@ class BatchNorm(nn.Module):
             return F.batch_norm(x, self.mean, self.var, self.weight, self.bias)
         if len(x) * world() < 2:
             raise ValueError('ffn.query_norm = "batchnorm" cannot train on one token; take "layernorm"')
-        # several processes: the moments of all of them
+        # several processes: by the moments of all of them, of which the variance is remembered unbiased
         if world() > 1:
-            y, mean, var = normalise(x)
-            self.remember(mean.detach(), var.detach())
-            return y * self.weight + self.bias
+            mean, n = global_mean(x.mean(0)), len(x) * world()
+            var = global_mean((x - mean).square().mean(0))
+            self.remember(mean.detach(), var.detach() * (n / (n - 1)))
+            return (x - mean) * (var + 1e-5).rsqrt() * self.weight + self.bias
         with torch.no_grad():
             var, mean = torch.var_mean(x, 0)
             self.remember(mean, var)
@@ -67,17 +64,8 @@ class BatchNorm(nn.Module):
         self.var.lerp_(var, rate)
 
 
-def normalise(x):
-    """(x (N, width), normalised, mean, unbiased variance) by the moments of all processes' x together."""
-    mean = global_mean(x.mean(0))
-    centred, n = x - mean, len(x) * world()
-    var = global_mean(centred.square().mean(0))
-    return centred * (var + 1e-5).rsqrt(), mean, var * (n / (n - 1))
-
-
 class Queries(nn.Module):
-    """x (N, d) -> (N, h, 2, c): linear, then batchnorm of each of the 2hc features, layernorm of each query,
-    or none. Starts at unit variance for x of unit variance."""
+    """x (N, d) -> (N, h, 2, c): linear, then batchnorm of 2hc features, layernorm of each query, or none."""
 
     def __init__(self, d, heads, d_key, norm):
         super().__init__()
@@ -95,8 +83,9 @@ class Queries(nn.Module):
 
 def cartesian_candidates(k):
     """Ranks (i, j), two int64 tensors, of the pairs that can be among the k largest sums of two descending
-    lists: those with (i + 1)(j + 1) <= k, 50 of 256 at k = 16. Each other pair is matched or beaten by k
-    pairs of better ranks, so leaving it out changes no value of the top k, ties and rounded sums included."""
+    lists: those with (i + 1)(j + 1) <= k, 50 of 256 at k = 16."""
+    # each other pair is matched or beaten by k pairs of better ranks, so that leaving it out changes no value
+    # of the top k, ties and rounded sums included
     rank = torch.arange(1, k + 1)
     return (rank[:, None] * rank <= k).nonzero(as_tuple=True)
 
@@ -132,26 +121,6 @@ def experts_readable(x, table, idx, gate, activation):
     return torch.einsum("nr,nrd->nd", gate, v)
 
 
-def choose_path(wanted, table):
-    """The path that `ffn.peer_path = auto` takes, and the refusal of an explicit one that cannot run.
-
-    PEER on CUDA with Triton: fused. CPU, where Triton could only be interpreted, and PKM on CUDA, whose
-    forward is one kernel as it is, embedding_bag: lean. Elsewhere, on MPS: readable, which needs only gathers
-    and products. Raises ValueError for an explicit fused that cannot run.
-    """
-    from kernels.common import use_triton               # fast paths are read where they are used
-    refusal = "PKM has no neurons" if table.shape[1] == 1 else ""
-    if not refusal and not use_triton(table):
-        refusal = "it needs a CUDA device and Triton"
-    if wanted == "fused" and refusal:
-        raise ValueError(f'ffn.peer_path = "fused" cannot run: {refusal}; use "auto" or "lean"')
-    if wanted != "auto":
-        return wanted
-    if table.is_cuda:
-        return "lean" if refusal else "fused"
-    return "lean" if table.device.type == "cpu" else "readable"
-
-
 def second_moment(activation):
     """E[act(z)^2] for z ~ N(0, 1/2), what a first matrix of ffn.draw gives; swiglu: times E[up^2] = 1/2."""
     z = torch.linspace(-6, 6, 2001, device="cpu", dtype=torch.float64)
@@ -163,13 +132,14 @@ def second_moment(activation):
 class PEER(FeedForward):
     """The feed-forward layer of single-neuron experts (kind "peer"), or of values without neurons ("pkm").
 
-    PEER(config, d, n_layer=L): an FFNConfig, completed and checked (ConfigError) if it was made by hand. Stats.load is the
-    router weight that each of the E experts got. Causal, and no sequence sees another, but for BatchNorm in
-    training.
+    PEER(config, d, n_layer=L): an FFNConfig, completed and checked (ConfigError) if made by hand. Stats.load is
+    the router weight of each expert. Causal, and no sequence sees another, but for BatchNorm in training.
     """
     many = True
     steerable = True
     columns = ("n_keys", "peer_heads", "peer_top_k")
+    reads = ("n_keys", "peer_heads", "peer_top_k", "d_key", "query_norm", "peer_score", "peer_activation",
+             "peer_path")
 
     def __init__(self, config, d, vocab_size=0, layer=0, n_layer=1):
         super().__init__()
@@ -190,9 +160,8 @@ class PEER(FeedForward):
 
     @torch.no_grad()
     def draw_weights(self, n_layer):
-        """So that the output starts with the variance of the dense layer that it replaces, E[act^2] /
-        (4 n_layer) by ffn.draw. Here it is var(v) E[act^2] S, where S is the expected sum, over experts, of
-        the squared gate that a token gives them."""
+        """So that the output starts with the variance of the dense layer in its place, E[act^2] / (4 n_layer) by
+        ffn.draw. Here it is var(v) E[act^2] S, S the expected sum of a token's squared gates over experts."""
         c, h, k, E = self.config, self.config.peer_heads, self.config.peer_top_k, self.n_expert
         # Scores have variance 1, and the best k are so close that softmax is nearly uniform: a head gives its
         # k experts about 1/k each (the spread adds 5 % to the square). Two heads meet in k^2 / E experts.
@@ -210,7 +179,7 @@ class PEER(FeedForward):
         self.table.normal_().mul_(torch.tensor([std_u, std_v])[-self.table.shape[1]:, None])
 
     def forward(self, x, ctx):
-        from kernels.peer import GatheredExperts
+        from kernels.peer import GatheredExperts, choose_path       # fast paths are read where they are used
         from kernels.product_keys import TopKLean
         c, (B, T, d) = self.config, x.shape
         flat = x.reshape(B * T, d)
@@ -242,6 +211,8 @@ class PEER(FeedForward):
         f = config.ffn
         return FeedForward.checks(config) + [
             (f.peer_top_k > f.n_keys, "ffn.peer_top_k", f"is more than ffn.n_keys = {f.n_keys}"),
+            (f.peer_top_k == 1 and f.peer_score == "softmax", "ffn.peer_top_k", "makes every gate 1, so that "
+             "queries and sub-keys would never learn; take more, or ffn.peer_score = \"sigmoid\""),
             (f.d_key % 2, "ffn.d_key", "must be even: each half queries one table of sub-keys")]
 
     @staticmethod
@@ -249,6 +220,7 @@ class PEER(FeedForward):
         return [n_layer // 2]                   # the paper replaces one layer, in the middle
 
     def describe(self, dtype):
+        from kernels.peer import choose_path
         c, path = self.config, choose_path(self.config.peer_path, self.table)
         return f"{self.n_expert:,} rows, {c.peer_heads} heads x {c.peer_top_k} a token, path {path}"
 
@@ -264,8 +236,16 @@ class PEER(FeedForward):
     def not_grown(self):
         return "an expert is a pair of sub-keys, so they come a whole row and column of a grid at a time"
 
+    def by_parts(self):
+        return ["ffn.query_norm"] if self.config.query_norm == "batchnorm" else []
+
     def remedy(self):
         return "ffn.query_norm = \"batchnorm\", or a lower train.lr"
+
+
+class PKM(PEER):
+    """The same with values in the place of neurons."""
+    reads = tuple(name for name in PEER.reads if name != "peer_activation")
 
 
 def fill_keys(config, d):

@@ -1,17 +1,13 @@
 """How tokens choose experts: every router, one screen each.
 
-A router is called as `router(x, ctx) -> Routing` with x (N, d), the N = B*T tokens of a batch in (sequence,
-position) order. Its answer is a list of P pairs (token, expert, weight), P known from shapes alone, so that
-nothing waits for the host. Logits, softmax and gates are float32 whatever the model computes in: a rounded
-logit flips a top-k choice.
+A router is called as `router(x, ctx) -> Routing` with x (N, d), the tokens of a batch in (sequence, position)
+order. Its answer is a list of P pairs (token, expert, weight), P known from shapes alone, so that nothing waits
+for the host. Logits, softmax and gates are float32: a rounded logit flips a top-k choice.
 
-What a router may look at decides where it can be used. So each class says in its traits, as data:
-  gate              whether it is normalised before or after the selection
-  ahead             when a later token of the sequence can change this token's output (it is not causal)
-  across            when another sequence of the batch can change it
-From the traits come the help, the README's table, the warnings and the tests.
-
-A new router is a class with its traits, and a line in ROUTERS at the end of this file.
+What a router may look at decides where it can be used, so each class says it as data, in its traits: when its
+gate is normalised, whether a later token can change where one goes (ahead), and whether another sequence of
+the batch can (across). The help, the README's table, the warnings and the tests are made from them. A new
+router is a class with its traits, and a line in ROUTERS at the end of this file.
 """
 import math
 from typing import NamedTuple
@@ -21,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALL = -1                                # Traits.k of a router that sends every token to every expert
+DIFFERS = "differs under several processes"
 
 
 class Traits(NamedTuple):
@@ -36,33 +33,22 @@ class Traits(NamedTuple):
     ahead: str = ""                     # "in training", "always", or never
     across: str = ""                    # likewise
     capacity: bool = True               # its pairs may compete for slots
-    groups: bool = False                # it can be limited to some groups of experts
     compiles: bool = True
+    reads: tuple = ()                   # settings of [ffn] that no other layer or loss reads
     not_grown: str = ""                 # why a trained layer can get no more experts; empty: it can
     remedy: str = ""                    # what evens out its load, where no balancing can
     sampling: str = ""                  # what a reader of sampled text should know
 
     def looks(self):
         """What else than the token's own past decides its experts, as a text for people."""
-        found = []
-        if self.noise:
-            found.append("draws noise in training")
-        if self.ahead == self.across != "":
-            found.append(f"looks ahead and across the batch {self.ahead}")
-        elif self.across:
-            found.append(f"looks across the batch {self.across}")
-        if not self.compiles:
-            found.append("never compiled")
-        if self.differs():
-            found.append(DIFFERS)
-        return "; ".join(found)
+        where = "ahead and across the batch" if self.ahead else "across the batch"
+        found = [(self.noise, "draws noise in training"), (self.across, f"looks {where} {self.across}"),
+                 (not self.compiles, "never compiled"), (self.differs(), DIFFERS)]
+        return "; ".join(text for true, text in found if true)
 
     def differs(self):
         """Whether several processes train another model with it than one process would."""
         return self.noise or bool(self.across)
-
-
-DIFFERS = "differs under several processes"
 
 
 class Routing(NamedTuple):
@@ -79,7 +65,7 @@ class Routing(NamedTuple):
     baseline: Tensor | None = None      # (N,) the reward that was expected
 
     def by_token(self):
-        """(experts, weights), both (N, k), of a router whose tokens all choose k."""
+        """(experts, weights), both (N, k); only where every token chooses k."""
         return self.expert.view(-1, self.k), self.weight.view(-1, self.k)
 
 
@@ -112,10 +98,8 @@ class Linear32(nn.Module):
 
 
 class Router(nn.Module):
-    """What routers share: E, k, and the logits z = x W_r, (N, d) -> (N, E), of those that have any.
-
-    config: an FFNConfig; vocab_size and layer are for routers that go by the token's id.
-    """
+    """What routers share: E, k, and the logits z = x W_r, (N, d) -> (N, E), of those that have any. config: an
+    FFNConfig; vocab_size and layer are for routers that go by the token's id."""
     traits: Traits
 
     def __init__(self, config, d, vocab_size=0, layer=0):
@@ -152,11 +136,11 @@ def limit_groups(scores, n_groups, topk_groups, best):
 
 
 class TopK(Router):
-    """Softmax top-k. Mixtral 2401.04088 sec. 2.1: softmax over the k chosen logits. Switch, DeepSeekMoE
-    2401.06066 eq. 4-5 and Qwen2: softmax over all E, then the k largest, as they are or renormalised. With
-    n_groups > 1 only the experts of the token's topk_groups best groups can be chosen (DeepSeek-V2)."""
+    """Softmax top-k, with the three orders of ffn.gate_order (Mixtral 2401.04088 sec. 2.1; DeepSeekMoE
+    2401.06066 eq. 4-5; Qwen2). With n_groups > 1 a token keeps to its topk_groups best groups (DeepSeek-V2)."""
     traits = Traits("softmax top-k", "Mixtral 2401.04088, DeepSeekMoE 2401.06066, Qwen2 2407.10671; groups: "
-                    "DeepSeek-V2 2405.04434", "softmax, after or before the selection", groups=True)
+                    "DeepSeek-V2 2405.04434", "softmax, after or before the selection",
+                    reads=("gate_order", "n_groups", "topk_groups", "route_scale"))
 
     @staticmethod
     def refusals(config):
@@ -183,8 +167,7 @@ class TopK(Router):
 
 
 class NoisyTopK(Router):
-    """Noisy top-k (Shazeer et al. 1701.06538 eq. 3-5 and appendix A). The smooth load is the chance that
-    expert i stays among the top k if only its own noise is drawn again (eq. 8-10). No noise in evaluation."""
+    """Noisy top-k (Shazeer et al. 1701.06538 sec. 2.1, appendix A), without noise in evaluation."""
     traits = Traits("noisy top-k", "Shazeer 1701.06538", "softmax, after the selection",
                     balance="importance_load", noise=True)
 
@@ -197,19 +180,20 @@ class NoisyTopK(Router):
 
     @staticmethod
     def refusals(config):
-        return [(visited(config.ffn) == 1, "ffn.top_k", "of 1 makes the gate of noisy_topk constant; use 2 "
-                 "or more")]
+        return [(visited(config.ffn) == 1, "ffn.top_k", "makes the gate constant; use 2 or more")]
 
     def forward(self, x, ctx):
-        # eq. 4: H(x) = x W_g + N(0,1) softplus(x W_n)
+        # eq. 4: H(x) = x W_g + N(0,1) softplus(x W_n). A floor keeps the noise alive and eq. 8 finite: 0.01, as
+        # the authors' code adds; a larger deviation stays as it is
         clean = self.score(x)
         noisy, smooth = clean, None
         if self.training:
-            std = F.softplus(self.noise(x))
+            std = F.softplus(self.noise(x)).clamp_min(0.01)
             noisy = clean + torch.randn_like(clean) * std
         top, indices = noisy.topk(min(self.k + 1, self.n_expert), -1)                   # (N, k+1)
-        # eq. 9: the bar for expert i is the k-th largest H of the others, which is the (k+1)-th of all if i
-        # itself is chosen; eq. 8: P(x, i) = Phi((x W_g - bar) / std); eq. 10: the load is its sum
+        # the smooth load: the chance that expert i stays among the top k if its own noise is drawn again
+        # eq. 9: its bar is the k-th largest H of the others, which is the (k+1)-th of all if i is chosen
+        # eq. 8: P(x, i) = Phi((x W_g - bar) / std); eq. 10: the load is its sum
         if self.training and self.k < self.n_expert:
             bar = torch.where(noisy > top[:, self.k:], top[:, self.k:], top[:, self.k - 1:self.k])
             smooth = torch.special.ndtr((clean - bar) / std).sum(0)                     # (E,)
@@ -219,10 +203,9 @@ class NoisyTopK(Router):
 
 
 class Switch(Router):
-    """Switch Transformer (2101.03961) eq. 1-2: one expert per token, y = p_i E_i(x) with p the softmax over
-    all E. The gate is kept, never renormalised: a constant 1 would leave the router without a gradient."""
+    """Switch Transformer (2101.03961): one expert per token. Its gate is p_i: a constant 1 has no gradient."""
     traits = Traits("top-1, its input jittered", "Switch 2101.03961", "softmax, before the selection", k=1,
-                    noise=True)
+                    noise=True, reads=("jitter",))
 
     def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__(config, d)
@@ -245,8 +228,7 @@ class Switch(Router):
 
 
 class GShard(Router):
-    """GShard (2006.16668) algorithm 1: the two best experts; in training the second is visited only with
-    probability min(1, 2 g_2), in evaluation always."""
+    """GShard (2006.16668) algorithm 1: the two best experts, in training the second only by chance."""
     traits = Traits("top-2, the second by chance", "GShard 2006.16668", "softmax, renormalised over the two",
                     k=2, balance="gshard", noise=True)
 
@@ -265,10 +247,11 @@ class GShard(Router):
 
 
 class Sigmoid(Router):
-    """DeepSeek-V3 (2412.19437) eq. 13-16 with loss-free balancing (2408.15664). The bias b is a buffer that
-    MoE.after_step moves after each optimizer step: it comes from finished batches only."""
+    """DeepSeek-V3 (2412.19437) eq. 13-16 with loss-free balancing (2408.15664): the bias b is a buffer that
+    MoE.after_step moves, by finished batches only."""
     traits = Traits("sigmoid scores, for loss-free balancing", "DeepSeek-V3 2412.19437, 2408.15664",
-                    "sigmoid, renormalised after the selection", balance="loss_free", groups=True)
+                    "sigmoid, renormalised after the selection", balance="loss_free",
+                    reads=("n_groups", "topk_groups", "route_scale"))
 
     def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__(config, d)
@@ -290,14 +273,12 @@ class Sigmoid(Router):
 
 
 class Sinkhorn(Router):
-    """S-BASE (Clark et al. 2202.01169 sec. 3.1): one expert per token, in training the largest entry of a
-    balanced transport plan, in evaluation the largest logit."""
+    """S-BASE (Clark 2202.01169 sec. 3.1): in training the largest entry of a balanced transport plan."""
     traits = Traits("S-BASE, a balanced transport plan", "Clark 2202.01169", "sigmoid", k=1, balance="none",
-                    ahead="in training", across="in training")
+                    ahead="in training", across="in training", reads=("sinkhorn_iters", "sinkhorn_tau"))
 
     def plan(self, logits):
-        """Log of the plan exp(z / tau) whose rows sum to 1 and columns to N / E, (N, E), by a fixed number
-        of scalings and without gradient."""
+        """Log of the plan exp(z / tau), (N, E): rows sum to 1, columns to N / E; without gradient."""
         plan = logits.detach() / self.config.sinkhorn_tau
         columns = math.log(plan.shape[0] / plan.shape[1])
         for _ in range(self.config.sinkhorn_iters):
@@ -313,9 +294,9 @@ class Sinkhorn(Router):
 
 
 class Base(Router):
-    """BASE layers (Lewis et al. 2103.16716): in training tokens are assigned so that each expert gets N/E of
-    them and the summed affinity is largest; in evaluation each takes its best. With the block's residual
-    connection the paper's alpha f(x) + (1 - alpha) x is x + alpha E(x), alpha the sigmoid of the affinity."""
+    """BASE layers (Lewis et al. 2103.16716): in training each expert gets N/E tokens, so that the summed
+    affinity is largest; in evaluation a token takes its best. With the block's residual connection the
+    paper's alpha f(x) + (1 - alpha) x is x + alpha E(x), alpha the sigmoid of the affinity."""
     traits = Traits("balanced assignment", "BASE 2103.16716", "sigmoid", k=1, balance="none",
                     ahead="in training", across="in training", compiles=False)
 
@@ -327,17 +308,18 @@ class Base(Router):
 
     def forward(self, x, ctx):
         logits = self.score(x)
-        choice = self.assign(logits.detach()) if self.training else logits.argmax(-1)
-        indices = choice.unsqueeze(-1)
+        # N/E tokens for each expert, or each token's best expert; the gate is the sigmoid of its affinity
+        indices = (self.assign(logits.detach()) if self.training else logits.argmax(-1)).unsqueeze(-1)
         return pairs(indices, logits.gather(1, indices).sigmoid(), logits=logits, probs=logits.softmax(-1))
 
 
 def hash_table(vocab_size, n_expert, counts=None, seed=0):
-    """Expert of each token id, (V,): an even random deal, or with `counts` (how often each id occurs) ids in
-    falling order of count, each to the expert with the least so far (Roller 2106.04426 sec. 3.1)."""
+    """Expert of each token id, (V,): a random deal, or by `counts` in a corpus (Roller 2106.04426 sec. 3.1)."""
+    # an even deal: V / E ids for each expert
     table = torch.arange(vocab_size) % n_expert
     if counts is None:
         return table[torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))]
+    # or the most frequent id first, each to the expert that has the fewest tokens so far
     load = torch.zeros(n_expert, dtype=torch.float64)
     for token in torch.as_tensor(counts).argsort(descending=True, stable=True).tolist():
         expert = int(load.argmin())
@@ -349,9 +331,9 @@ def hash_table(vocab_size, n_expert, counts=None, seed=0):
 class Hash(Router):
     """Hash layers (Roller et al. 2106.04426): the expert is a fixed table of the token's id."""
     traits = Traits("a fixed table of token ids", "Roller 2106.04426", "1", k=1, balance="none",
-                    steerable=False, logits=False, not_grown="its table sends no token id to a new expert, "
-                    "and another table would send old ids elsewhere",
-                    remedy="ffn.hash_table = \"balanced\" counts how often a token occurs")
+                    steerable=False, logits=False, reads=("hash_table",),
+                    not_grown="its table sends no token id to a new expert, and another table would send old "
+                    "ids elsewhere", remedy="ffn.hash_table = \"balanced\" counts how often a token occurs")
 
     def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__(config, d)
@@ -365,6 +347,7 @@ class Hash(Router):
             self.table.copy_(hash_table(len(self.table), self.n_expert, counts))
 
     def forward(self, x, ctx):
+        # a look-up, which learns nothing
         indices = self.table[ctx.token_ids.flatten()].unsqueeze(-1)
         return pairs(indices, torch.ones_like(indices, dtype=torch.float32))
 
@@ -376,10 +359,10 @@ def gumbel_like(logits):
 
 class RL(Router):
     """RL-R (Clark et al. 2202.01169 sec. 3.3): the router is a policy pi = softmax(x W_r), its reward the
-    log-likelihood of the token's own target; balance.policy_loss is its objective. Coefficients, gate and
-    the baseline's loss were not checked against the paper; here the gate is constant, so that the reward
-    alone teaches the router."""
-    traits = Traits("REINFORCE on the token's own loss", "RL-R, Clark 2202.01169", "1", k=1, noise=True)
+    log-likelihood of the token's own target (balance.policy_loss). The gate is constant, so that the reward
+    alone teaches the router; gate, coefficients and the baseline's loss were not checked against the paper."""
+    traits = Traits("REINFORCE on the token's own loss", "RL-R, Clark 2202.01169", "1", k=1, noise=True,
+                    reads=("rl_loss",))
 
     def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__(config, d)
@@ -398,10 +381,10 @@ class RL(Router):
 
 
 class ExpertChoice(Router):
-    """Expert choice (Zhou et al. 2202.09368), grouped as in Krajewski et al. 2402.07871: at every position t
-    each expert takes the C = B k / E sequences that score highest for it. Load is even by construction; a
-    token may get no expert or several. With B a multiple of E / k a token visits k experts on average, as
-    flops_per_token counts. It is causal: choosing among sequences at one position sees no later one."""
+    """Expert choice (Zhou et al. 2202.09368), grouped as in Krajewski et al. 2402.07871: at every position
+    each expert takes the C = B k / E sequences that score highest for it. A token may get no expert or
+    several; with B a multiple of E / k it visits k on average, as flops_per_token counts. It is causal:
+    choosing among sequences at one position sees no later one."""
     traits = Traits("experts choose among the sequences at one position", "Zhou 2202.09368, by position as in "
                     "Krajewski 2402.07871", "softmax, before the selection", balance="none", steerable=False,
                     across="always", capacity=False, not_grown="an expert takes its share of the tokens; "
@@ -432,19 +415,20 @@ class Soft(Router):
     def forward(self, x, ctx):
         logits = self.score(x)
         probs = logits.softmax(-1)
+        # every token, every expert
         indices = torch.arange(self.n_expert, device=x.device).expand_as(probs)
         return pairs(indices, probs, logits=logits, probs=probs)
 
 
 class SampleTop1(Router):
-    """Sample Top-1 of BTX (2403.07816 sec. 3.3): Gumbel-softmax, of which only the largest component is kept;
-    in evaluation the likeliest expert with gate 1."""
+    """Sample Top-1 of BTX (2403.07816 sec. 3.3): the largest component of a Gumbel-softmax."""
     traits = Traits("a sampled top-1", "BTX 2403.07816", "Gumbel-softmax, before the selection", k=1,
-                    noise=True)
+                    noise=True, reads=("gumbel_rate",))
 
     def forward(self, x, ctx):
         logits = self.score(x)
         probs = logits.softmax(-1)
+        # evaluation: the likeliest expert, with gate 1
         if not self.training:
             indices = logits.argmax(-1, keepdim=True)
             return pairs(indices, torch.ones_like(probs[:, :1]), logits=logits, probs=probs)
@@ -456,9 +440,8 @@ class SampleTop1(Router):
 
 
 class Domain(Router):
-    """DEMix (Gururangan et al. 2108.05036): the expert of the sequence's known domain; nothing is learned.
-    Without a label (sampling) every layer averages its experts' outputs, a stand-in: the paper mixes the
-    predictions of whole models by the posterior of the domain, as grow.ensemble does."""
+    """DEMix (Gururangan et al. 2108.05036): the expert of the sequence's known domain; nothing is learned. The
+    paper mixes the predictions of whole models where the domain is unknown, as grow.ensemble does."""
     traits = Traits("the expert of the corpus", "DEMix 2108.05036", "1", k=1, balance="none", steerable=False,
                     logits=False, not_grown="expert i belongs to corpus i; a new expert needs a new corpus, "
                     "not an expansion", remedy="Their corpora give no text: see data.weights",
@@ -472,9 +455,11 @@ class Domain(Router):
 
     def forward(self, x, ctx):
         B, T = ctx.token_ids.shape
+        # without a label (sampling) every layer averages its experts' outputs, a stand-in
         if ctx.domain is None:
             indices = torch.arange(self.n_expert, device=x.device).expand(B * T, -1)
             return pairs(indices, torch.full(indices.shape, 1 / self.n_expert, device=x.device))
+        # with one, all tokens of the sequence go to its expert
         indices = ctx.domain.repeat_interleave(T).unsqueeze(-1)
         return pairs(indices, torch.ones_like(indices, dtype=torch.float32))
 
@@ -496,5 +481,5 @@ def visited(config):
 
 def help_text():
     """What each router does and looks at, for --help."""
-    return "; ".join(f"{name}: {router.traits.says}" + (f" [{router.traits.looks()}]" if
-                     router.traits.looks() else "") for name, router in ROUTERS.items())
+    return "; ".join(f"{name}: {router.traits.says} [{router.traits.looks() or 'its own past alone'}]"
+                     for name, router in ROUTERS.items())

@@ -5,15 +5,12 @@ beside a token's own past. --show_experts marks every token with the expert that
 
 Decisions:
 - The window is what the model reads to draw the next token, at first the prompt. When it is longer than
-  block_size, only its last block_size // 2 tokens stay and are read again from position 0. The rule looks at
-  lengths alone: with and without the cache, generation sees the same windows and draws the same tokens, past
-  the block too. A long prompt falls under it as well: a full block would be read again one token later.
-- Both ways run in generation mode (the model is given a cache): no capacity limit, and expert choice takes
-  every token's own best scores, because the tokens that it would choose among are not there.
+  block_size, its last block_size // 2 tokens stay and are read again from position 0. The rule looks at
+  lengths alone, so that the same tokens are drawn with the cache and without, past the block too.
+- Generation has a cache, and so no capacity limit; expert choice takes every token's own best scores.
 - Tokens are drawn on the CPU in float64, each sequence from a generator seeded with seed + index: a text
   depends neither on the device nor on --num, except where logits that differ in their last bits tip a draw.
 """
-import math
 import os
 import sys
 import time
@@ -25,11 +22,11 @@ from torch import Tensor
 
 from data.binfile import DataError
 from ffn import Stats
-from model import load_model, sparse_layers
-from routers import traits_of
+from model import load_model
 from runtime.checkpoint import CheckpointError
-from runtime.config import Ending, Parser, parse
+from runtime.config import Ending, parse
 from runtime.device import pick_device
+from runtime.start import check_sample, sample_parser
 from runtime.terminal import PLAIN, Marker, lineage, plain_pieces
 from settings import ConfigError
 
@@ -52,11 +49,13 @@ def generate(model, prompt_ids, tokens, temperature=1.0, top_k=0, top_p=1.0, gen
     block = model.config.model.block_size
     window, kv = prompt_ids, None
     for _ in range(tokens):
+        # a window that has become too long keeps its last half, and is read anew
         if window.shape[1] > block:
             window, kv = window[:, -max(block // 2, 1):], None
         if kv is None or not cache:
             kv = model.new_cache(window.shape[0])
-        out = model(window[:, kv.length:], cache=kv)                                    # what the cache lacks
+        # read what the cache lacks, and draw one token for each sequence
+        out = model(window[:, kv.length:], cache=kv)
         probs = next_probs(out.logits[:, -1, :vocab_size], temperature, top_k, top_p)   # (B, V)
         ids = draw(probs, generator).to(window.device)                                  # (B,)
         yield Step(ids, out.stats)
@@ -64,33 +63,35 @@ def generate(model, prompt_ids, tokens, temperature=1.0, top_k=0, top_p=1.0, gen
 
 
 def next_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The distribution to draw from: logits (B, V) -> (B, V) float64 on the CPU, rows sum to 1.
-
-    softmax(logits / temperature); of that the top_k likeliest tokens (0: all); of these the fewest likeliest
-    that hold top_p of the rest (nucleus, Holtzman et al. 1904.09751 sec. 3.1). Temperature 0: the likeliest.
-    """
+    """The distribution to draw from: logits (B, V) -> (B, V) float64 on the CPU, rows sum to 1. Temperature
+    0: the likeliest token; top_k 0: among all."""
     logits = logits.cpu().double()                          # in this order: not every device has float64
     if not logits.isfinite().all():
         raise CheckpointError("the model's logits are not finite: training diverged or the weights are bad; "
                               "take an earlier checkpoint, or train with a lower train.lr")
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    logits = logits - logits.max(-1, keepdim=True).values   # at most 0: no temperature makes infinity of it
+    # softmax(logits / temperature), of logits at most 0, of which no temperature makes infinity
+    logits = logits - logits.max(-1, keepdim=True).values
     probs = (logits / temperature).softmax(-1)
     if not top_k and top_p == 1:
         return probs
-    p, ids = probs.sort(dim=-1, descending=True, stable=True)  # of equal ones the lower id first
+    # the top_k likeliest tokens; of equal ones the lower id first
+    p, ids = probs.sort(dim=-1, descending=True, stable=True)
     if top_k:
         p[:, top_k:] = 0
         p = p / p.sum(-1, keepdim=True)
+    # of these the fewest that hold top_p of the rest (nucleus, Holtzman 1904.09751 sec. 3.1): a token goes if
+    # those before it hold that much already, so that the first always stays
     if top_p < 1:
-        likelier = p.cumsum(-1) - p                         # mass before each: 0 for the first, which stays
+        likelier = p.cumsum(-1) - p
         p[likelier >= top_p] = 0
     return torch.zeros_like(p).scatter(-1, ids, p / p.sum(-1, keepdim=True))
 
 
 def draw(probs, generator=None):
-    """One id per row, (B, V) -> (B,). Row by row: a row's draws must not move with the number of rows."""
+    """One id per row, (B, V) -> (B,)."""
+    # row by row: a row's draws must not move with the number of rows
     generators = generator if isinstance(generator, list) else [generator] * len(probs)
     return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)])
 
@@ -101,8 +102,8 @@ def seeded(seed, num=1):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Ids of a prompt, never none: the empty one starts from a line's end, or from id 0 where the tokenizer
-    has none. Raises DataError for characters that the tokenizer has never seen."""
+    """Ids of a prompt, never none: the empty one is a line's end, or id 0 where the tokenizer has none. Raises
+    DataError for characters that the tokenizer has never seen."""
     try:
         return tokenizer.encode(prompt or "\n")
     except DataError:
@@ -114,6 +115,7 @@ def encode_prompt(tokenizer, prompt):
 def sample_text(model, tokenizer, prompt="", tokens=200, temperature=0.8, seed=0, top_k=0, top_p=1.0):
     """The prompt and its continuation as one text. Leaves the model's mode and torch's own generators as they
     were: a sample in the middle of training changes nothing."""
+    # in evaluation mode, which is put back afterwards
     training, device = model.training, next(model.parameters()).device
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
     model.eval()
@@ -125,60 +127,16 @@ def sample_text(model, tokenizer, prompt="", tokens=200, temperature=0.8, seed=0
         model.train(training)
 
 
-def remarks(config, header):
-    """Lines about the model that a reader of its text should know."""
-    f, ancestry, found = config.ffn, header.get("ancestry"), []
+def remarks(model, header):
+    """Lines about the model that a reader of its text should know: what it was made from, how it routes."""
+    ancestry, found = header.get("ancestry"), []
     if ancestry and not (isinstance(ancestry, dict) and not ancestry.get("parents")):
         found.append(f"made by: {lineage(ancestry)}")
-    if f.kind != "moe":
-        return found
-    label = "; ".join(filter(None, [traits_of(f).looks(), traits_of(f).sampling]))
-    if label:
-        found.append(f"router {f.router}: {label}")
-    if f.eval_capacity_factor:
-        found.append(f"ffn.eval_capacity_factor = {f.eval_capacity_factor}: in evaluation the sequences of a "
-                     "batch compete for slots; sampling has no limit and drops nothing")
-    return found
+    return list(dict.fromkeys(found + [text for block in model.blocks for text in block.ffn.remarks()]))
 
 
-def build_parser():
-    parser = Parser(prog="sample.py", description=__doc__.split("\n\nDecisions")[0])
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="run folder of a trained model")
-    for name, default, meta, meaning in [
-            ("prompt", "", "TEXT", "text to continue; empty: start on a new line"),
-            ("tokens", 300, "N", "tokens to generate"),
-            ("temperature", 0.8, "T", "divides the logits; 0: always the likeliest token"),
-            ("top_k", 0, "K", "draw among the K likeliest tokens; 0: among all"),
-            ("top_p", 1.0, "P", "draw among the fewest tokens that hold P of the probability, after top_k"),
-            ("seed", 0, "S", "text number i is drawn with seed S + i"),
-            ("num", 1, "N", "texts to generate, as one batch")]:
-        parser.add_argument(f"--{name}", metavar=meta, type=type(default), default=default,
-                            help=f"{meaning} (default: {default if default != '' else 'empty'})")
-    parser.add_argument("--show_experts", metavar="LAYER", nargs="?", const="last",
-                        help="mark every token with the expert that this layer, counted from 0, sent it to: "
-                             "colours on a terminal, [3]token elsewhere or with NO_COLOR set (default: off; "
-                             "without LAYER the last sparse layer)")
-    parser.add_argument("--no_cache", action="store_true",
-                        help="read the whole window for every token: slow, the same text (default: off)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-                        help="auto takes cuda, then mps, then cpu (default: auto)")
-    return parser
-
-
-def check(o):
-    """Raises ConfigError for an option outside its range."""
-    for fine, name, rule in [
-            (o.tokens >= 1, "tokens", "at least 1"), (o.num >= 1, "num", "at least 1"),
-            (0 <= o.temperature < math.inf, "temperature", "at least 0 and finite"),
-            (o.top_k >= 0, "top_k", "at least 0"), (0 < o.top_p <= 1, "top_p", "above 0 and at most 1"),
-            (0 <= o.seed < 2**62, "seed", "at least 0 and below 2^62")]:
-        if not fine:
-            raise ConfigError(f"--{name} {getattr(o, name)} must be {rule}")
-
-
-def pick_layer(text, config):
+def pick_layer(text, sparse):
     """The sparse layer that --show_experts names. Raises ConfigError."""
-    sparse = sparse_layers(config)
     if not sparse:
         raise ConfigError("--show_experts: every layer of this model is dense, it has no experts to show")
     if text != "last" and not (text.isdecimal() and int(text) in sparse):
@@ -188,19 +146,21 @@ def pick_layer(text, config):
 
 def run(o):
     """Loads, generates, prints."""
-    check(o)
+    check_sample(o)
     device, terminal = pick_device(o.device), sys.stdout.isatty()
     model, config, tokenizer, header = load_model(o.run_dir, device)
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    marker = None if o.show_experts is None else Marker(pick_layer(o.show_experts, config), colour)
+    marker = None if o.show_experts is None else Marker(pick_layer(o.show_experts, model.sparse), colour)
     ids, block = encode_prompt(tokenizer, o.prompt), config.model.block_size
-    for remark in remarks(config, header):
+    # what a reader should know first
+    for remark in remarks(model, header):
         print(remark, file=sys.stderr)
     if len(ids) > block:
         print(f"the prompt has {len(ids)} tokens, model.block_size is {block}: its last {max(block // 2, 1)} "
               "are read", file=sys.stderr)
     prompt_ids = torch.tensor([ids] * o.num, device=device)
     start, extra = time.perf_counter(), 1 if marker else 0          # the last token is read by one step more
+    # the tokens as they come, and what the terminal shows of them
     steps = generate(model, prompt_ids, o.tokens + extra, o.temperature, o.top_k, o.top_p,
                      seeded(o.seed, o.num), not o.no_cache, tokenizer.vocab_size)
     pieces = (marker.pieces(steps, tokenizer, prompt_ids) if marker else
@@ -215,6 +175,7 @@ def run(o):
     if marker:
         print(marker.legend())
     sys.stdout.flush()
+    # how fast it was
     n, seconds = o.tokens * o.num, time.perf_counter() - start
     print(f"{n} tokens in {seconds:.2f} s, {n / seconds:,.0f} tokens/s", file=sys.stderr)
 
@@ -224,7 +185,7 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal that is not UTF-8 gets question marks
     with Ending() as end:
-        run(parse(build_parser(), argv)[0])
+        run(parse(sample_parser(__doc__.split("\n\nDecisions")[0]), argv)[0])
     return end.status
 
 

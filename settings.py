@@ -1,9 +1,6 @@
 """Every setting of a run, one dataclass for each section of a config file: the only place where a default,
-its meaning and its allowed range are written. The parser, the help and the checks are generated from it.
-
-A Config can be made in Python as well, `Config(ffn=FFNConfig(router="switch", top_k=1))`; a 0 that means
-"follows from others" is filled in by whoever uses it (model.resolve). What fits together is known to the
-layers themselves: model.check asks them.
+its meaning and its allowed range are written. A Config can be made in Python as well, `Config(ffn=FFNConfig(
+router="switch", top_k=1))`; whoever uses it fills in what follows from others and checks that all fits.
 """
 import dataclasses
 import json
@@ -37,8 +34,7 @@ class ModelConfig:
     rope_base: float = opt(10000.0, "base of the rotary frequencies", low=1.0)
     dropout: float = opt(0.0, "dropout on embeddings, attention and block outputs", low=0.0, high=0.9)
     tie_embeddings: bool = opt(True, "the output head shares the embedding table")
-    loss_chunks: int = opt(1, "compute the loss in this many slices so that the (tokens, vocabulary) logits "
-                           "never exist at once; above 1 the training forward returns no logits", low=1)
+    loss_chunks: int = opt(1, "slices in which training computes the loss; above 1 it never has all logits", low=1)
 
 
 @dataclass
@@ -56,36 +52,30 @@ class FFNConfig:
 
     n_expert: int = opt(8, "routed experts of a layer, before any granularity split", low=1, group="experts")
     top_k: int = opt(2, "experts that a token visits, before any granularity split", low=1)
-    granularity: int = opt(1, "G: experts of hidden width d_ff/G, G times as many, G times as many visited",
-                           low=1)
+    granularity: int = opt(1, "G: experts d_ff/G wide, G times as many, G times as many visited", low=1)
     d_expert: int = opt(0, "hidden width of one expert (0: d_ff / granularity)", low=0)
     n_shared: int = opt(0, "experts that every token visits, each as wide as a routed one", low=0)
     d_shared: int = opt(0, "hidden width of one shared expert, in place of n_shared of them (Qwen2)", low=0)
     shared_gate: bool = opt(False, "weigh the shared output by sigmoid(x w) (Qwen2)")
     output_norm: bool = opt(False, "a norm on the layer's output (the fine-grained paper)")
-    n_frozen: int = opt(0, "the first n_frozen experts of every sparse layer, counted after the granularity "
-                           "split, never change in training (grow.lifelong expand, grow.btx mix "
-                           "--freeze_experts)", low=0)
+    n_frozen: int = opt(0, "this many first experts, after the granularity split, never change", low=0)
     frozen_routes: bool = opt(True, "their router rows do not change either (false: the whole router learns)")
 
     router: str = opt("topk", "one of routers.ROUTERS", group="how tokens choose")
-    gate_order: str = opt("topk_then_softmax", "gates of the topk router: softmax over the "
-                          "chosen logits (Mixtral), or over all of them (Switch, DeepSeekMoE, Qwen2), "
-                          "renormalised or not",
+    gate_order: str = opt("topk_then_softmax", "gates of topk: softmax over the chosen logits (Mixtral), or over "
+                          "all of them (Switch, DeepSeekMoE, Qwen2), renormalised or not",
                           choices=["topk_then_softmax", "softmax_then_topk", "softmax_then_topk_renorm"])
     n_groups: int = opt(1, "groups of experts for group-limited selection (DeepSeek-V2, V3)", low=1)
     topk_groups: int = opt(0, "groups that a token may use (0: all)", low=0)
-    route_scale: float = opt(1.0, "factor on the gates of topk and sigmoid routers (DeepSeek-V3: 2.5)",
-                             low=0.0)
+    route_scale: float = opt(1.0, "factor on the gates of topk and sigmoid (DeepSeek-V3: 2.5)", low=0.01)
     jitter: float = opt(0.01, "switch: router input times U(1-j, 1+j) in training", low=0.0, high=0.99)
     sinkhorn_iters: int = opt(8, "sinkhorn: fixed number of row and column scalings", low=1)
     sinkhorn_tau: float = opt(1.0, "sinkhorn: temperature of the plan", low=1e-3)
-    hash_table: str = opt("random", "hash: a random table, or one balanced by the corpus's token counts",
-                          choices=["random", "balanced"])
+    hash_table: str = opt("random", "hash: the table; balanced: by counts", choices=["random", "balanced"])
     rl_loss: float = opt(0.01, "rl: coefficient of the policy and baseline losses", low=0.0)
     gumbel_rate: float = opt(1e-4, "sample_top1: r of the temperature max(0.5, exp(-r step))", low=0.0)
 
-    balance: str = opt("auto", "one of balance.LOSSES, or none; auto is what the router's traits name",
+    balance: str = opt("auto", "one of balance.LOSSES, or none; auto: what the router's traits name",
                        group="what keeps the experts evenly used")
     balance_loss: float = opt(0.01, "coefficient of the balance loss (w of importance_load, alpha_1 of "
                               "deepseek, the sequence loss beside loss_free, where 0.0001 is usual)", low=0.0)
@@ -98,9 +88,8 @@ class FFNConfig:
     dispatch: str = opt("auto", "how tokens travel to the experts; every choice gives the same numbers",
                         choices=["auto", "loop", "padded", "grouped", "fused"],
                         group="how tokens travel, and room for them")
-    capacity_factor: float = opt(0.0, "slots per expert in training, times k N / E, for which the sequences "
-                                 "of a batch compete; later positions are dropped first (0: dropless)",
-                                 low=0.0)
+    capacity_factor: float = opt(0.0, "slots per expert in training, times k N / E, for which the sequences of a "
+                                 "batch compete; later positions are dropped first (0: dropless)", low=0.0)
     eval_capacity_factor: float = opt(0.0, "the same in evaluation (0: dropless)", low=0.0)
 
     n_keys: int = opt(64, "sub-keys m of each half; the layer has E = m^2 experts", low=2,
@@ -110,8 +99,7 @@ class FFNConfig:
     d_key: int = opt(0, "width of a query, both halves together (0: n_embd / 2)", low=0)
     query_norm: str = opt("batchnorm", "norm of the queries", choices=["batchnorm", "layernorm", "none"])
     peer_score: str = opt("softmax", "gate over the k retrieved of a head", choices=["softmax", "sigmoid"])
-    peer_activation: str = opt("gelu", "peer: non-linearity of a single-neuron expert",
-                               choices=["gelu", "relu", "silu"])
+    peer_activation: str = opt("gelu", "non-linearity of a neuron", choices=["gelu", "relu", "silu"])
     peer_path: str = opt("auto", "how rows are gathered; every choice gives the same numbers",
                          choices=["auto", "readable", "lean", "fused"])
 
@@ -129,8 +117,7 @@ class FFNConfig:
 @dataclass
 class DataConfig:
     name: str | list[str] = opt("python", "corpus, or list of corpora (each is a domain), by name or path")
-    weights: list[float] = opt([], "share of each corpus in a batch (empty: equal); replay of old data: name "
-                                   "= [\"new\", \"old\"], weights = [0.9, 0.1]")
+    weights: list[float] = opt([], "share of each corpus in a batch (empty: equal), such as 0.9, 0.1 for replay")
     tokenizer: str = opt("byte", "byte, char, bpe, gpt2, or the path of a tokenizer.json")
     vocab_size: int = opt(4096, "size of a bpe vocabulary", low=257)
     seed: int = opt(0, "seed of the order of batches; two runs of one data seed see the same batches", low=0)
@@ -147,16 +134,16 @@ class DataConfig:
 class TrainConfig:
     max_steps: int = opt(1000, "optimizer steps", low=1, group="how long, and how")
     batch_size: int = opt(32, "sequences per optimizer step, all micro-steps and processes together", low=1)
-    grad_accum: int = opt(1, "micro-steps that a batch is cut into, to save memory", low=1)
+    grad_accum: int = opt(1, "micro-steps that a batch is cut into, to save memory. Each is seen by itself by "
+                          "the balances switch, gshard, importance_load, btx and btx_detached, by capacity, "
+                          "batchnorm, dropout and routers that draw or look across; all else trains the same", low=1)
     lr: float = opt(3e-3, "peak learning rate", low=0.0)
     min_lr: float = opt(0.1, "final learning rate, as a share of lr", low=0.0, high=1.0)
     warmup_steps: int = opt(100, "steps of linear warm-up", low=0)
-    schedule: str = opt("cosine", "shape after the warm-up: cosine, warm-up-stable-decay, or constant",
+    schedule: str = opt("cosine", "what follows the warm-up (wsd: stable, then decay)",
                         choices=["cosine", "wsd", "constant"])
-    decay_share: float = opt(0.2, "wsd: share of the steps that the final linear decay takes", low=0.0,
-                             high=1.0)
-    weight_decay: float = opt(0.1, "AdamW decay of matrices; none on norms, embeddings, router biases, "
-                              "tables", low=0.0)
+    decay_share: float = opt(0.2, "wsd: share of the steps that the final decay takes", low=0.0, high=1.0)
+    weight_decay: float = opt(0.1, "AdamW decay of matrices; none on norms, embeddings, biases, tables", low=0.0)
     beta1: float = opt(0.9, "AdamW", low=0.0, high=0.9999)
     beta2: float = opt(0.95, "AdamW", low=0.0, high=0.99999)
     grad_clip: float = opt(1.0, "largest global gradient norm (0: no clipping)", low=0.0)
@@ -176,8 +163,7 @@ class TrainConfig:
     dtype: str = opt("auto", "arithmetic: auto is float32 on CPU and MPS, bfloat16 on CUDA; parameters stay "
                      "float32", choices=["auto", "float32", "bfloat16"], group="what computes")
     device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=["auto", "cpu", "cuda", "mps"])
-    compile: str = opt("auto", "torch.compile: auto is on for CUDA and off elsewhere",
-                       choices=["auto", "on", "off"])
+    compile: str = opt("auto", "torch.compile: auto is on for CUDA alone", choices=["auto", "on", "off"])
     parallel: str = opt("ddp", "with several processes (torchrun): ddp, each has the whole model; fsdp, each "
                         "has a share of parameters, gradients and optimizer state, for what outgrows one GPU",
                         choices=["ddp", "fsdp"])
@@ -185,8 +171,7 @@ class TrainConfig:
 
 @dataclass
 class LifelongConfig:
-    distill: float = opt(0.0, "weight of T^2 KL(p_old || p_new), mean over tokens: learning without "
-                              "forgetting (Lifelong-MoE: 1)", low=0.0)
+    distill: float = opt(0.0, "weight of T^2 KL(p_old || p_new), mean over tokens (Lifelong-MoE: 1)", low=0.0)
     distill_temperature: float = opt(1.0, "T, by which both models' logits are divided", low=1e-3)
     teacher: str = opt("", "run folder of the old model of distill (empty: the run that train.init_from was "
                            "expanded from, else train.init_from itself)")
@@ -231,4 +216,4 @@ def show(value):
     """A value as TOML writes it."""
     if isinstance(value, list):
         return "[" + ", ".join(show(v) for v in value) + "]"
-    return json.dumps(value, ensure_ascii=False)        # TOML's strings, numbers and booleans are JSON's
+    return json.dumps(value, ensure_ascii=False, default=str)    # TOML's are JSON's, but for dates

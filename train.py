@@ -11,43 +11,40 @@ runs repeatable:
 import contextlib
 import math
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
 from data.batches import Batches, EvalBatches, token_counts
-from data.prepare import prepared
 from ffn import NUMBERS
 from grow.retain import Past, adapters
 from model import GPT, check, load_config
 from routers import help_text
 from runtime import checkpoint, parallel
-from runtime.config import Ending, Parser, add_settings, check_run, parse, to_toml
-from runtime.device import precision, resolve_compile, resolve_device, resolve_dtype
-from runtime.report import Log, StopSignal, TrainingError, describe, finish, progress, speaker
+from runtime.config import Ending, to_toml
+from runtime.device import compile_forward, go_on_uncompiled, precision, resolve_compile, resolve_device, resolve_dtype
+from runtime.report import Log, StopSignal, describe, finish, progress, speaker
+from runtime.start import make_ready, open_run
 from runtime.terminal import PLAIN
 from sample import sample_text
 from settings import ConfigError
 
-HERE = Path(__file__).parent
-
 
 class Trainer:
-    """One run: model, optimizer, data and counters. step() does one optimizer step, evaluate() the validation
-    batches."""
+    """One run: model, optimizer, data and counters."""
 
     def __init__(self, config, folders, tokenizer, device):
         t = config.train
         self.config, self.device, self.tokenizer = config, device, tokenizer
+        # the model, what in it may not change (grow/retain.py), and what is called in its place
         torch.manual_seed(t.seed)
         self.model = GPT(config).to("cpu" if parallel.sharded(config) else device)
-        self.past = Past(self.model, config, tokenizer, device)     # what may not change, and the old model
+        self.past = Past(self.model, config, tokenizer, device)
         self.forward = self.whole_forward = parallel.wrap(self.model, config, device)
         self.optimizer = build_optimizer(self.model, t, device)
         self.batches = Batches(folders, config.data.weights, config.model.block_size, t.batch_size,
                                config.data.seed)
+        # where the run stands
         self.corpora, self.numbers = config.data.names, NUMBERS
         self.done = 0                                   # optimizer steps finished
         self.seconds = 0.0                              # spent in them, earlier sittings included
@@ -55,8 +52,7 @@ class Trainer:
         self.ancestry = dict(kind="train", parents=[])
 
     def step(self):
-        """One optimizer step; returns a row for the log, as tensors that nobody has waited for. A number more
-        in this row is a column more in log.csv."""
+        """One optimizer step; returns a row of log.csv, as tensors that nobody has waited for."""
         t = self.config.train
         rate = learning_rate(self.done, t)
         for group in self.optimizer.param_groups:
@@ -67,7 +63,7 @@ class Trainer:
         try:
             losses, aux, stats = zip(*map(self.micro_step, range(t.grad_accum)))
         except torch._dynamo.exc.TorchDynamoException as e:             # it shows in the first step, if at all
-            self.go_on_uncompiled(e)
+            go_on_uncompiled(self, e)
             losses, aux, stats = zip(*map(self.micro_step, range(t.grad_accum)))
         # clip it, and take the step; rows that are frozen stay as they are
         with self.past.rows_kept():
@@ -84,13 +80,17 @@ class Trainer:
     def micro_step(self, micro):
         """Adds the gradient of one micro-batch; returns its (loss, aux_loss, layers' stats), detached."""
         t = self.config.train
+        # tokens, the tokens after them, the corpus of each sequence: this step's, this process's part
         batch = self.batches.batch(self.done, micro, t.grad_accum, parallel.rank(), parallel.world())
         x, y, domain = (a.to(self.device, non_blocking=True) for a in batch)            # (b, T), (b, T), (b,)
+        # the same draws of noise and dropout whenever this micro-step is taken
         seed_draws(t.seed, self.done, micro, parallel.rank())
+        # cross-entropy, and what else is in the objective: balance, z-loss, policy; distillation, distance
         with precision(self.device, t.dtype), parallel.accumulating(self.forward, micro == t.grad_accum - 1):
             step = torch.tensor(float(self.done), device=self.device)   # a Python number would be compiled in
             out = self.forward(x, y, domain=domain, step=step)
             aux = out.aux_loss + self.past.loss(x, domain, out.logits)
+        # a mean over the micro-steps is the mean over the batch
         ((out.loss + aux) / t.grad_accum).backward()
         return out.loss.detach(), aux.detach(), [detached(s) for s in out.stats]
 
@@ -107,6 +107,7 @@ class Trainer:
         """{corpus: (nats per token, bits per byte)} over fixed validation batches; no noise, no dropout, no
         updates."""
         self.model.eval()
+        # a batch holds one corpus; with several processes each takes some of the batches
         sums = {name: [0.0, 0, 0] for name in self.corpora}                 # nats, tokens, bytes
         for (x, y, domain, n_bytes), counts in parallel.share(valid):
             with precision(self.device, self.config.train.dtype):
@@ -114,6 +115,7 @@ class Trainer:
             if counts:
                 total = sums[self.corpora[domain[0]]]
                 total[:] = total[0] + out.loss.item() * y.numel(), total[1] + y.numel(), total[2] + n_bytes
+        # nats a token; bits a byte = nats / ln 2 / bytes, whatever the tokenizer
         sums = {name: parallel.totals(total) for name, total in sums.items()}
         return {name: (nats / tokens, nats / n_bytes / math.log(2))
                 for name, (nats, tokens, n_bytes) in sums.items()}
@@ -122,21 +124,6 @@ class Trainer:
     def tokens(self):
         """Tokens trained on so far."""
         return self.done * self.config.train.batch_size * self.config.model.block_size
-
-    def compile(self, say):
-        self.say = say
-        self.forward = torch.compile(self.whole_forward, dynamic=False)
-        self.past.compile()
-
-    def go_on_uncompiled(self, error):
-        """After a failure of the compiler: an error if compiling was asked for, else a warning."""
-        why = str(error).strip().split("\n")[0]
-        if self.config.train.compile == "on":
-            raise TrainingError(f"train.compile = \"on\", but torch.compile failed: {why}") from None
-        self.say(f"warning: torch.compile failed, training goes on uncompiled: {why}")
-        self.forward = self.whole_forward
-        self.past.compile(False)
-        self.zero_grad()
 
 
 def train(trainer, valid, out, say, bar, log, stop):
@@ -176,8 +163,9 @@ def due(step, every):
 def sample_of(trainer):
     """A text that the model writes now; empty if none is wanted."""
     t = trainer.config.train
-    return sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed) \
-        if t.sample_tokens else ""
+    if not t.sample_tokens:
+        return ""
+    return sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed)
 
 
 def keep_best(trainer, results, out, say):
@@ -187,6 +175,7 @@ def keep_best(trainer, results, out, say):
     # the mean over the corpora, as they are weighted in training
     weights = trainer.config.data.weights or [1.0] * len(results)
     loss, bpb = (sum(w * r[i] for w, r in zip(weights, results.values())) / sum(weights) for i in (0, 1))
+    # saved before anything is said: a terminal that is gone costs no checkpoint
     better = loss < trainer.best
     if better:
         trainer.best = loss
@@ -213,10 +202,11 @@ def mean_stats(micro_steps):
 
 
 def learning_rate(step, t):
-    """Rate of the step after `step` finished ones: linear warm-up, then cosine, or stable and linear decay,
-    or constant; the last step gets about min_lr * lr."""
+    """Rate of the step after `step` finished ones; the last step gets about min_lr * lr."""
+    # linear warm-up
     if step < t.warmup_steps:
         return t.lr * (step + 1) / t.warmup_steps
+    # then half a cosine; or stable, and linear at the end; or constant
     progress = (step - t.warmup_steps) / max(1, t.max_steps - t.warmup_steps)
     if t.schedule == "cosine":
         return t.lr * (t.min_lr + (1 - t.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
@@ -227,17 +217,18 @@ def learning_rate(step, t):
 
 
 def seed_draws(seed, step, micro, rank=0):
-    """Seeds the default generator for one micro-step, by a mixture that keeps neighbours apart."""
+    """Seeds the default generator for one micro-step."""
+    # a mixture that keeps neighbours apart
     mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB
     mixed = (mixed + rank * 0xD6E8FEB86659FD93) % 2**64
     torch.manual_seed(mixed ^ mixed >> 31)
 
 
 def build_optimizer(model, t, device):
-    """AdamW, fused where torch has it for the device, with two groups. Decay is for matrices that multiply
-    activations; not for norms and biases, nor for rows that only some tokens touch (embeddings, PEER tables),
-    which decay would shrink in every step in which nobody reads them; not for PEER's sub-keys, whose length
-    is the temperature of its scores."""
+    """AdamW, fused where torch has it for the device; weight decay is for some parameters only."""
+    # It is for matrices that multiply activations. It is not for norms and biases, nor for rows that only some
+    # tokens touch (embeddings, PEER tables), which it would shrink in every step in which nobody reads them,
+    # nor for PEER's sub-keys, whose length is the temperature of its scores.
     def decays(name, p):
         return p.dim() > 1 and not name.startswith("embedding") and not name.endswith(("table", "sub_keys"))
 
@@ -248,37 +239,15 @@ def build_optimizer(model, t, device):
                              fused=device.type in ("cuda", "cpu"))
 
 
-# ---- from a command line to a Trainer
-
-
-def make_ready(config, saved, quiet):
-    """What a run needs before its model is built: (config, Checkpoint to start from or None, folders of the
-    corpora, Tokenizer). Writes nothing into the run folder."""
-    t, device = config.train, resolve_device(config.train.device)
-    parallel.check(config, device)
-    origin = saved
-    with tempfile.TemporaryDirectory() as folder:
-        # another run's weights bring their model along, and the tokenizer that it reads with
-        if t.init_from and not saved:
-            origin = checkpoint.load_plain(t.init_from)
-            checkpoint.adopt(config, origin, t.init_from)
-            check_run(check(config))
-            if "data.tokenizer" not in config.sources:
-                checkpoint.carry_tokenizer(config, checkpoint.tokenizer_of(origin), Path(folder))
-        folders, tokenizer = prepared(config.data, quiet=quiet,
-                                      checksums=saved.header.get("data") if saved else None)
-    checkpoint.check_vocabulary(config, tokenizer, origin)
-    return config, origin, folders, tokenizer
-
-
 def build(config, origin, folders, tokenizer, out, saved, say):
     """(Trainer, EvalBatches) of a run that starts anew, from another's weights, or where it stopped. Raises
-    ConfigError. The run folder is as it was until here: now it becomes this run's."""
+    ConfigError."""
     t, device = config.train, resolve_device(config.train.device)
     t.dtype, why = resolve_dtype(t.dtype, device)
     trainer = Trainer(config, folders, tokenizer, device)
     valid = EvalBatches(folders, config.model.block_size, t.batch_size // parallel.world(),
                         t.eval_batches * parallel.world(), tokenizer.token_lengths())
+    # where it stopped, or another run's weights, or new ones
     if saved:
         checkpoint.restore(trainer, saved)
     elif origin:
@@ -288,13 +257,15 @@ def build(config, origin, folders, tokenizer, out, saved, say):
     else:
         trainer.model.set_token_counts(token_counts(folders, config.model.vocab_size))
     checkpoint.sign(trainer.ancestry, out, parallel.whole(trainer.model.embedding.weight))
+    # how it computes; a dispatch that these widths or this machine refuse is told now
     compiled, why_compiled = resolve_compile(config, device, trainer.model.not_compiled())
     if compiled:
-        trainer.compile(say)
+        compile_forward(trainer, say)
     try:
         describe(trainer, say, f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})")
-    except ValueError as e:                             # a dispatch that these widths or this machine refuse
+    except ValueError as e:
         raise ConfigError(str(e)) from None
+    # until here the run folder was as it was: now it becomes this run's
     if parallel.rank() == 0:
         if not saved:
             checkpoint.clear_run(out)
@@ -304,45 +275,15 @@ def build(config, origin, folders, tokenizer, out, saved, say):
     return trainer, valid
 
 
-def build_parser():
-    parser = Parser(prog="train.py", allow_abbrev=False,
-                    description="Train a GPT with a dense or sparse feed-forward layer.",
-                    usage="%(prog)s [CONFIG.toml] [--out DIR] [--resume | --overwrite] [--quiet] "
-                          "[--section.key VALUE ...]")
-    parser.add_argument("config", nargs="?", metavar="CONFIG.toml", help="default: configs/quick.toml")
-    parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/<config name>)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on with the run, exactly where it stopped")
-    how.add_argument("--overwrite", action="store_true",
-                     help="start anew in a folder that already holds a run")
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
-    add_settings(parser, more={"ffn.router": help_text()})
-    return parser
-
-
-def open_run(argv, held):
-    """(config, run folder, Checkpoint to go on from or None, quiet) that a command line asks for; the folder
-    stays locked until the ExitStack `held` closes."""
-    options, overrides = parse(build_parser(), argv)
-    given = options.config or options.resume and options.out
-    path = options.config if given else str(HERE / "configs" / "quick.toml")
-    out = Path(options.out or Path("runs") / Path(path).stem)
-    held.enter_context(checkpoint.Lock(out))
-    if options.resume:
-        saved = checkpoint.load_last(out)
-        changed = load_config(options.config or out / "config.toml", overrides)
-        return check_run(check(checkpoint.resume_config(out, saved, changed))), out, saved, options.quiet
-    config = load_config(path, overrides)
-    checkpoint.check_free(out, options.overwrite, [config.train.init_from, config.lifelong.teacher])
-    return config, out, None, options.quiet
-
-
 def main(argv=None):
     """The program; returns its exit status: 0 done, 1 a failure, 2 a mistake in what was asked for."""
     with Ending(parallel.first) as end, parallel.processes(), contextlib.ExitStack() as held:
         # with one process, from_rank0(f) is f()
-        config, out, saved, quiet = parallel.from_rank0(lambda: open_run(argv, held))
-        config, origin, folders, tokenizer = parallel.from_rank0(lambda: make_ready(config, saved, quiet))
+        more = {"ffn.router": help_text()}
+        config, out, saved, quiet = parallel.from_rank0(
+            lambda: open_run(argv, held, load_config, check, more))
+        config, origin, folders, tokenizer = parallel.from_rank0(
+            lambda: make_ready(config, saved, quiet, check))
         quiet = quiet or parallel.rank() > 0
         say = speaker(quiet)
         trainer, valid = build(config, origin, folders, tokenizer, out, saved, say)

@@ -43,8 +43,8 @@ class TokenFile:
         self.dtype, self.count = DTYPES[self.meta["dtype"]], self.meta["count"]
         if self.count < block_size + 1:
             raise DataError(f"{path}: holds {self.count} tokens, fewer than one window of "
-                            f"block_size + 1 = {block_size + 1}: choose a smaller model.block_size or "
-                            "prepare a longer text")
+                            f"block_size + 1 = {block_size + 1}: choose a smaller model.block_size "
+                            "or prepare a longer text")
         self.file = open(path, "rb", buffering=0)
 
     def read(self, starts):

@@ -54,7 +54,7 @@ def checked(names, tokenizer, vocab_size, out, max_tokens):
     tokenizer = str(tokenizer) if str(tokenizer) in KINDS else path_text(tokenizer)
     check_tokenizer(tokenizer, vocab_size)
     if not 0 <= max_tokens <= MOST_TOKENS:
-        raise DataError(f"max_tokens {max_tokens}: give a number up to 10^12, or 0 for all there are")
+        raise DataError(f"max_tokens {max_tokens}: give a number up to 10^12, or 0 for all")
     return names, tokenizer, Path(path_text(out or PREPARED))
 
 
@@ -159,8 +159,8 @@ def summary(name, headers, seconds, folder):
         parts.append(f"{title} {texts}{meta['bytes'] / 1e6:.2f} MB, {meta['count']:,} tokens")
     per_token = train["bytes"] / train["count"]
     lines = [f"{name}: {'; '.join(parts)}",
-             f"  {train['tokenizer']} tokenizer, {train['vocab_size']} tokens, {per_token:.2f} bytes "
-             f"per token; {seconds:.1f} s; in {shown(folder)}",
+             f"  {train['tokenizer']} tokenizer, {train['vocab_size']} tokens, {per_token:.2f} "
+             f"bytes per token; {seconds:.1f} s; in {shown(folder)}",
              f"  from {plain(train['settings']['source'])}; sha256 of the training tokens "
              f"{train['sha256'][:12]}"]
     if train["entropy_floor"] is not None:
@@ -197,8 +197,8 @@ def prepared(data, names=None, quiet=True, checksums=None):
         folders = up_to_date(names, tokenizer, size, dir, limit, quiet)
     if checksums and [inspect_folder(folder)["sha256"] for folder in folders] != list(checksums):
         raise DataError(f"{', '.join(names)}: holds other text than when this run was started, and "
-                        f"no folder in {shown(dir)} has its tokens; put the text back as it was, or "
-                        "start a new run from these weights with train.init_from")
+                        f"no folder in {shown(dir)} has its tokens; put the text back as it was, "
+                        "or start a new run from these weights with train.init_from")
     return opened(folders, quiet)
 
 

@@ -1,11 +1,11 @@
-"""Branch-Train-Merge (Li et al. 2208.03306): several language models read one text and their predictions are
-mixed, more of those that have predicted it well so far.
+"""Branch-Train-Merge (Li et al. 2208.03306): several language models read one text, and their
+predictions are mixed. A model that has predicted the text well so far has a large weight.
 
     p(x_t | x_<t) = sum_j p(D = j | x_<t) p_j(x_t | x_<t)
     p(D = j | x_<t) ∝ p(D = j) prod_{s<t} p_j(x_s | x_<s)
 
-Probabilities are mixed, never logits. The posterior of domain D (DEMix 2108.05036) is a product of many small
-numbers, hence log space and float64; the token to be predicted has no say in it.
+Probabilities are mixed, never logits. The posterior of domain D (DEMix 2108.05036) is a product of
+many small numbers, hence log space and float64. It does not depend on the token to be predicted.
 
 Axis letters: J models, B sequences, T positions, V vocabulary.
 """
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grow.parents import (check_settings, check_tokenizers, open_parents,
+from grow.parents import (check_settings, check_tokenizers, make_folder, open_parents, summed,
                           validation)
 from model import Output
 from runtime.checkpoint import write_text
@@ -27,33 +27,41 @@ from runtime.terminal import PLAIN
 from sample import sample_text
 from settings import ConfigError
 
-POSTERIORS = {"product": "the prior times the likelihood of all tokens so far, as in the paper",
-              "one_token": "the prior times the likelihood of the last token, as in the released code",
-              "uniform": "the prior, whatever was read"}
+POSTERIORS = {
+    "product": "the prior times the likelihood of all tokens so far, as in the paper",
+    "one_token": "the prior times the likelihood of the last token, as in the released code",
+    "uniform": "the prior, whatever was read"}
 
 
 def log_posterior(likelihood, log_prior, kind="product", top_k=0):
     """Log weights of the models, (J, B, T); at each position the weights sum to 1.
 
-    likelihood (J, B, T): log p_j(x_i | x_<i) of the tokens read, 0 for the first, which nothing predicts;
-    log_prior (J,). The weights at position i follow from x_0 .. x_i and are for the prediction of x_{i+1}.
-    top_k: only the most probable models stay; of two equal ones the first (0: all).
+    likelihood (J, B, T): log p_j(x_i | x_<i) of the tokens read, 0 for the first, which nothing
+    predicts; log_prior (J,). The weights at position i follow from x_0 .. x_i and are for the
+    prediction of x_{i+1}. top_k: only the most probable models stay; of two equal ones the first
+    (0: all).
     """
-    evidence = dict(product=likelihood.cumsum(-1), one_token=likelihood, uniform=torch.zeros_like(likelihood))
-    log_w = log_prior.view(-1, 1, 1) + evidence[kind]
+    # log p(D = j) + sum_{s<t} log p_j(x_s | x_<s)
+    evidence = dict(product=likelihood.cumsum(-1), one_token=likelihood,
+                    uniform=torch.zeros_like(likelihood))
+    log_w = log_prior.view(-1, 1, 1) + evidence[kind]                               # (J, B, T)
+    # all but the k most probable models get weight 0
     if top_k:
         order = log_w.sort(dim=0, descending=True, stable=True).indices
         log_w = log_w.scatter(0, order[top_k:], -torch.inf)
+    # divided by their sum over the models
     return log_w.log_softmax(0)
 
 
 def known_before(log_p):
-    """log p(x_{i+1} | x_0 .. x_i) at each i -> log p(x_i | x_<i) at each i, 0 for the first: (..., T)."""
+    """log p(x_{i+1} | x_0 .. x_i) at each i -> log p(x_i | x_<i) at each i, 0 for the first:
+    (..., T)."""
     return F.pad(log_p, (1, 0))[..., :-1]
 
 
 def token_log_probs(model, x, y):
     """log p(y | x) of each token, (B, T) float64 on the CPU."""
+    # in the arithmetic of its own training; the loss in float32
     device = next(model.parameters()).device
     with as_trained(model):
         logits = model(x.to(device)).logits.float()
@@ -63,48 +71,61 @@ def token_log_probs(model, x, y):
 
 @torch.no_grad()
 def evaluate(models, batches, corpora, log_prior, kind="product", top_k=0):
-    """{corpus: dict} over an EvalBatches of these corpora, every block a text of its own. A dict holds
+    """{corpus: dict} over an EvalBatches of these corpora, every block a text of its own. A dict
+    holds
 
     loss, bpb   of the mixture, in nats per token and bits per byte
     alone       [J] nats per token of each model by itself
     posterior   [J][T] mean weight of each model at each position
     """
-    totals = {}
-    for x, y, domain, size in batches:
-        log_p = torch.stack([token_log_probs(model, x, y) for model in models])                 # (J, B, T)
+    def measure(x, y, domain):
+        log_p = torch.stack([token_log_probs(model, x, y) for model in models])     # (J, B, T)
+        # the weights at a position know the tokens before the one that is predicted
         log_w = log_posterior(known_before(log_p), log_prior, kind, top_k)
-        mixed = (log_w + log_p).logsumexp(0)                                                    # (B, T)
-        new = -mixed.sum(), -log_p.sum((1, 2)), log_w.exp().sum(1), y.numel(), len(y), size
-        name = corpora[int(domain[0])]
-        totals[name] = [a + b for a, b in zip(totals[name], new)] if name in totals else new
-    return {name: dict(loss=float(nats / tokens), bpb=float(nats / size / math.log(2)),
-                       alone=(alone / tokens).tolist(), posterior=(weights / rows).tolist())
-            for name, (nats, alone, weights, tokens, rows, size) in totals.items()}
+        # log sum_j w_j p_j
+        mixed = (log_w + log_p).logsumexp(0)                                        # (B, T)
+        return [-mixed.sum(), -log_p.sum((1, 2)), log_w.exp().sum(1), len(y)]
+
+    # sums -> means: over tokens, over bytes, and over the blocks for each position
+    found = {}
+    for corpus, sums in summed(batches, measure).items():
+        nats, alone, weights, rows, tokens, n_bytes = sums
+        found[corpora[corpus]] = dict(
+            loss=float(nats / tokens), bpb=float(nats / n_bytes / math.log(2)),
+            alone=(alone / tokens).tolist(), posterior=(weights / rows).tolist())
+    return found
 
 
 class Ensemble(nn.Module):
-    """The mixture as one model, for sample.generate: forward(idx (B, T), cache) -> Output, whose logits
-    (B, 1, V) are the log-probabilities of what follows. A text starts from the prior; so does what is left of
-    a window that has become too long."""
+    """The mixture as one model, for sample.generate: forward(idx (B, T), cache) -> Output, whose
+    logits (B, 1, V) are the log-probabilities of what follows. A text starts from the prior; so
+    does what is left of a window that has become too long."""
 
     def __init__(self, models, log_prior, kind="product", top_k=0):
         super().__init__()
-        self.models, self.log_prior, self.kind, self.top_k = nn.ModuleList(models), log_prior, kind, top_k
-        self.config = min((m.config for m in models), key=lambda c: c.model.block_size)
+        self.models, self.log_prior = nn.ModuleList(models), log_prior
+        self.kind, self.top_k = kind, top_k
+        # of the model that reads the fewest positions
+        self.config = min((m.config for m in models), key=lambda config: config.model.block_size)
 
     def new_cache(self, batch_size=1):
         return EnsembleCache([model.new_cache(batch_size) for model in self.models])
 
     def forward(self, idx, cache):
+        # every model reads the new tokens
         logits = [model(idx, cache=own).logits for model, own in zip(self.models, cache.each)]
-        log_p = torch.stack(logits).cpu().double().log_softmax(-1)                              # (J, B, T, V)
+        log_p = torch.stack(logits).cpu().double().log_softmax(-1)                  # (J, B, T, V)
+        # the likelihood of these tokens, then the weights at the last of them
         cache.read(idx.cpu(), log_p)
-        log_w = log_posterior(cache.likelihood, self.log_prior, self.kind, self.top_k)[:, :, -1:]  # (J, B, 1)
-        return Output((log_w + log_p[:, :, -1]).logsumexp(0).unsqueeze(1), None, torch.zeros(()), [])
+        log_w = log_posterior(cache.likelihood, self.log_prior, self.kind, self.top_k)
+        last = log_w[:, :, -1:]                                                     # (J, B, 1)
+        mixed = (last + log_p[:, :, -1]).logsumexp(0)                               # (B, V)
+        return Output(mixed.unsqueeze(1), None, torch.zeros(()), [])
 
 
 class EnsembleCache:
-    """Each model's KV cache, the likelihood (J, B, S) of the tokens read, and what is expected next."""
+    """Each model's KV cache, the likelihood (J, B, S) of the S tokens read, and the predictions
+    (J, B, 1, V) of the token to come."""
 
     def __init__(self, each):
         self.each, self.likelihood, self.next = each, None, None
@@ -115,72 +136,103 @@ class EnsembleCache:
 
     def read(self, idx, log_p):
         """Takes in tokens (B, T) and the predictions made after each of them, (J, B, T, V)."""
-        first = self.next is None
-        ids = (idx[:, 1:] if first else idx).expand(len(log_p), -1, -1)                  # (J, B, T - 1 or T)
-        before = log_p[:, :, :-1] if first else torch.cat([self.next, log_p[:, :, :-1]], 2)
+        # each token with the prediction before it; nothing predicts the first of a text
+        before = log_p[:, :, :-1]
+        if self.next is None:
+            idx = idx[:, 1:]
+        else:
+            before = torch.cat([self.next, before], 2)
+        ids = idx.expand(len(log_p), -1, -1)                                # (J, B, T - 1 or T)
         new = before.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        self.likelihood = F.pad(new, (1, 0)) if first else torch.cat([self.likelihood, new], -1)
+        # behind what was read before; the first token of a text counts 0
+        if self.next is None:
+            self.likelihood = F.pad(new, (1, 0))
+        else:
+            self.likelihood = torch.cat([self.likelihood, new], -1)
         self.next = log_p[:, :, -1:]
 
 
 # --- the command ---
 
+
 def as_text(runs, results):
     """The results as a table; the weights are those at the end of a block."""
     names = [f"{what} {j}" for what in ("alone", "weight") for j in range(len(runs))]
-    lines = [*(f"model {j} is {run}" for j, run in enumerate(runs)),
-             f"{'':<16}{'nats/token':>12}{'bits/byte':>12}" + "".join(f"{name:>10}" for name in names)]
-    for name, r in results.items():
-        numbers = "".join(f"{v:>10.4f}" for v in [*r["alone"], *(weights[-1] for weights in r["posterior"])])
-        lines.append(f"{name:<16}{r['loss']:>12.4f}{r['bpb']:>12.4f}{numbers}")
+    lines = [f"model {j} is {run}" for j, run in enumerate(runs)]
+    lines.append(f"{'':<16}{'nats/token':>12}{'bits/byte':>12}"
+                 + "".join(f"{name:>10}" for name in names))
+    for corpus, found in results.items():
+        last = [weights[-1] for weights in found["posterior"]]
+        numbers = "".join(f"{value:>10.4f}" for value in [*found["alone"], *last])
+        lines.append(f"{corpus:<16}{found['loss']:>12.4f}{found['bpb']:>12.4f}{numbers}")
     return "\n".join(lines)
 
 
-def check(o):
+def check_options(options):
     """Raises ConfigError for options that make no sense."""
-    J = len(o.runs)
-    prior_fits = o.prior is None or len(o.prior) == J and min(o.prior) >= 0 and 0 < sum(o.prior) < math.inf
+    J, prior, top_k = len(options.runs), options.prior, options.top_k
+    prior_fits = prior is None or (len(prior) == J and min(prior) >= 0
+                                   and 0 < sum(prior) < math.inf)
     for fine, text in [
-            (o.eval or o.prompt is not None, "give --eval CORPUS, --prompt TEXT, or both"),
-            (o.eval or not o.json, "--json holds what --eval measures: give --eval CORPUS"),
-            (0 <= o.top_k <= J, f"--top_k {o.top_k} must be at least 0, for all models, and at most {J}"),
-            (prior_fits, f"--prior needs a number for each of the {J} runs, none below 0 and not all 0"),
-            (o.tokens >= 1, f"--tokens {o.tokens} must be at least 1"),
-            (0 <= o.temperature < math.inf, f"--temperature {o.temperature} must be at least 0 and finite")]:
+            (options.eval or options.prompt is not None,
+             "give --eval CORPUS, --prompt TEXT, or both"),
+            (options.eval or not options.json,
+             "--json holds what --eval measures: give --eval CORPUS"),
+            (0 <= top_k <= J,
+             f"--top_k {top_k} must be at least 0, for all models, and at most {J}"),
+            (prior_fits,
+             f"--prior needs a number for each of the {J} runs, none below 0 and not all 0"),
+            (options.tokens >= 1, f"--tokens {options.tokens} must be at least 1"),
+            (0 <= options.temperature < math.inf,
+             f"--temperature {options.temperature} must be at least 0 and finite")]:
         if not fine:
             raise ConfigError(text)
 
 
-def run(o, overrides):
+def command(options, overrides):
     """Measures and samples as asked for. Raises ConfigError, CheckpointError, DataError."""
-    check(o)
-    parents = open_parents(o.runs, pick_device(o.device))
+    check_options(options)
+    parents = open_parents(options.runs, pick_device(options.device))
+    # probabilities of one token can be mixed if all models mean the same by it
     check_tokenizers(parents)
     check_settings(parents, "model", names=["vocab_size"])
     models = [p.model for p in parents]
-    log_prior = torch.tensor(o.prior or [1.0] * len(models), dtype=torch.float64).log().log_softmax(0)
-    if o.eval:
-        batches = validation(parents[0], o.eval, min(p.config.model.block_size for p in parents))
-        results = evaluate(models, batches, o.eval, log_prior, o.posterior, o.top_k)
-        print(as_text(o.runs, results))
-        if o.json:
-            Path(o.json).parent.mkdir(parents=True, exist_ok=True)
-            found = dict(runs=o.runs, kind=o.posterior, top_k=o.top_k, prior=log_prior.exp().tolist())
-            write_text(o.json, json.dumps(found | {"corpora": results}, indent=1))
-    if o.prompt is not None:
-        mixture = Ensemble(models, log_prior, o.posterior, o.top_k).eval()
-        text = sample_text(mixture, parents[0].tokenizer, o.prompt, o.tokens, o.temperature, o.seed)
+    # p(D = j), equal unless given, with sum 1
+    prior = torch.tensor(options.prior or [1.0] * len(models), dtype=torch.float64)
+    log_prior = prior.log().log_softmax(0)
+    # a folder that cannot be made is told before the measuring
+    if options.json:
+        make_folder(Path(options.json).parent)
+    # the first run's validation batches, in blocks that every model can read
+    if options.eval:
+        shortest = min(p.config.model.block_size for p in parents)
+        batches = validation(parents[0], options.eval, shortest)
+        results = evaluate(models, batches, options.eval, log_prior, options.posterior,
+                           options.top_k)
+        print(as_text(options.runs, results))
+        if options.json:
+            found = dict(runs=options.runs, kind=options.posterior, top_k=options.top_k,
+                         prior=log_prior.exp().tolist(), corpora=results)
+            write_text(options.json, json.dumps(found, indent=1))
+    # the mixture as a model that writes
+    if options.prompt is not None:
+        mixture = Ensemble(models, log_prior, options.posterior, options.top_k).eval()
+        text = sample_text(mixture, parents[0].tokenizer, options.prompt, options.tokens,
+                           options.temperature, options.seed)
+        # on a terminal without its control characters
         print(text.translate(PLAIN if sys.stdout.isatty() else {}))
 
 
 def add_options(parser):
     kinds = "; ".join(f"{kind}: {meaning}" for kind, meaning in POSTERIORS.items())
-    parser.add_argument("--eval", nargs="+", metavar="CORPUS", default=[], help="measure the loss on the "
-                        "validation batches of these, the ones that training evaluates on")
+    parser.add_argument("--eval", nargs="+", metavar="CORPUS", default=[],
+                        help="measure the loss on the validation batches of these, the ones that "
+                        "training evaluates on")
     parser.add_argument("--posterior", choices=list(POSTERIORS), default="product",
                         help=f"the weight of a model; {kinds} (default: product)")
     parser.add_argument("--top_k", type=int, default=0, metavar="K",
-                        help="mix only the K models that are most probable at a token (default: 0, all)")
+                        help="mix only the K models that are most probable at a token "
+                        "(default: 0, all)")
     parser.add_argument("--prior", type=float, nargs="+", metavar="P",
                         help="p(D = j) for each run, in any unit (default: equal)")
     parser.add_argument("--json", metavar="FILE",

@@ -13,22 +13,32 @@ An element that is read takes part in one multiply-add, so that the time is that
 three passes together read the table twice in token order, write its gradient once, and never hold
 anything of size (N, R, d).
 
-Launches: 4 warps. Up to d = 1024 in bfloat16 a program holds 8 rows at a time, both (8, d) tiles
-together: 16 to 64 registers a thread, 8 to 32 kB of reads in flight. Wider rows come fewer at a
-time. A width that is no power of 2 is padded to one by masks.
+A width that is no power of 2 is padded to one by masks. How many rows and warps a program gets: see
+`launch_shape`.
 """
 
 import torch
 import torch.nn.functional as F
 
 from kernels.common import (ACTIVATION_GRADS, ACTIVATIONS, activate, ceil_div, choose, contiguous,
-                            power_of_2, slices, tl, triton)
+                            power_of_2, slices, tl, triton, use_triton)
 
 
-def row_blocks(d, rows, itemsize):
-    """(rows that a program holds at a time, their padded width): at most `rows`, and 16 KiB."""
+def launch_shape(d, itemsize, rows, row_bytes):
+    """((rows that a program holds at a time, their padded width), warps) for rows of d elements:
+    at most `rows` rows and 16 KiB, one warp per `row_bytes` of a row, 1 to 4 warps."""
+    # A warp reads 512 bytes at once, 16 a thread. With less of a row than that, threads of one warp
+    # hold the same elements, and each does the work of its neighbours again: so one warp per 512
+    # bytes, where many rows keep a program busy (READ: 8 rows, R of them for each token). Where a
+    # program has few rows (SUM: most experts have two pairs or so), 2 at a time leave few masked,
+    # and one warp takes the whole row. Above 2 KiB of a row its registers would spill.
     width = power_of_2(d)
-    return max(1, min(rows, 16384 // (width * itemsize))), width
+    size = width * itemsize
+    return (max(1, min(rows, 16384 // size)), width), min(4, max(1, size // row_bytes))
+
+
+READ = 8, 512               # rows, row_bytes of the kernels that read the table
+SUM = 2, 2048               # of those that sum its gradient
 
 
 def gather_rows(table, idx, dtype):
@@ -90,9 +100,9 @@ def peer_forward(x, table, idx, gate, activation, kernel=None):
     y = torch.empty_like(x)
     h = torch.empty_like(gate, dtype=torch.float32)
     if N:
-        blocks = row_blocks(d, 8, table.element_size())
+        blocks, warps = launch_shape(d, table.element_size(), *READ)
         _peer_forward_kernel[(N,)](
-            x, table, idx, gate, y, h, d, idx.shape[1], activation, *blocks, num_warps=4)
+            x, table, idx, gate, y, h, d, idx.shape[1], activation, *blocks, num_warps=warps)
     return y, h
 
 
@@ -156,14 +166,17 @@ def peer_backward_tokens(dy, table, idx, gate, h, activation, kernel=None):
     a = torch.empty_like(h)
     d_gate = torch.empty_like(h)
     if N:
-        blocks = row_blocks(d, 8, table.element_size())
+        blocks, warps = launch_shape(d, table.element_size(), *READ)
         _peer_backward_tokens_kernel[(N,)](
             dy, table, idx, gate, h, dx, dh, a, d_gate, d, idx.shape[1], activation, *blocks,
-            num_warps=4)
+            num_warps=warps)
     return dx, dh, a, d_gate
 
 
 # ---- backward, expert by expert: the table's gradient ----
+# PARTS is 2: u gets dh x and v gets a dy. The sub-keys of product_keys.py are a table too, with
+# PARTS 1: u alone, and then nothing reads DY and A.
+#
 # Routing can be skewed: an expert may have no pair, or most of them. One program per expert takes
 # the expert's first SHARE pairs. The pairs beyond are its overflow. The sorted pairs are also cut
 # into windows of SHARE positions. One program per window sums the overflow in it into one scratch
@@ -178,6 +191,9 @@ def peer_backward_tokens(dy, table, idx, gate, h, activation, kernel=None):
 def sort_pairs(idx, n_expert):
     """order (P,) int64: the flat pairs of idx (N, R) in expert order; offsets (E + 1,) int64: where
     each expert begins."""
+    # A radix sort pays by the digit: short numbers where E itself is one.
+    if n_expert < 2 ** 15:
+        idx = idx.to(torch.int16)
     experts, order = torch.sort(idx.flatten(), stable=True)
     bounds = torch.arange(n_expert + 1, dtype=experts.dtype, device=idx.device)
     return order, torch.searchsorted(experts, bounds)
@@ -196,10 +212,10 @@ def peer_backward_table_torch(x, dy, dh, a, idx, n_expert, out=None, accumulate=
 
 
 @triton.jit
-def sum_pairs(X, DY, DH, A, ORDER, p, end, D: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr,
-              BLOCK_D: tl.constexpr):
-    """Sums of dh x and of a dy over the sorted pairs p to end - 1, in order, float32. ORDER,
-    p and end are int64."""
+def sum_pairs(X, DY, DH, A, ORDER, p, end, D: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
+              BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Sums of dh x and of a dy (PARTS 1: zeros) over the sorted pairs p to end - 1, in order,
+    float32. ORDER, p and end are int64."""
     col = tl.arange(0, BLOCK_D)
     du = tl.zeros([BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_D], tl.float32)
@@ -213,19 +229,20 @@ def sum_pairs(X, DY, DH, A, ORDER, p, end, D: tl.constexpr, R: tl.constexpr, BLO
         pair = tl.load(ORDER + i, mask=live, other=0)
         row = (pair // R)[:, None] * D + col
         x = tl.load(X + row, mask=mask, other=0.0)
-        dy = tl.load(DY + row, mask=mask, other=0.0)
         dh = tl.load(DH + pair, mask=live, other=0.0)
-        a = tl.load(A + pair, mask=live, other=0.0)
+        if PARTS == 2:
+            dy = tl.load(DY + row, mask=mask, other=0.0)
+            a = tl.load(A + pair, mask=live, other=0.0)
+            dv += tl.sum(a[:, None] * dy.to(tl.float32), 0)
         du += tl.sum(dh[:, None] * x.to(tl.float32), 0)
-        dv += tl.sum(a[:, None] * dy.to(tl.float32), 0)
         p += BLOCK_P
     return du, dv
 
 
 @triton.jit
 def _peer_table_overflow_kernel(X, DY, DH, A, IDX, ORDER, OFFSETS, PARTIAL, D: tl.constexpr,
-                                R: tl.constexpr, SHARE: tl.constexpr, BLOCK_P: tl.constexpr,
-                                BLOCK_D: tl.constexpr):
+                                R: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr,
+                                BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     """One window per program: the float32 sums of the overflow in it, if any, to its row of
     PARTIAL.
     Limits: positions and offsets are 64-bit; at most 2^31 - 1 windows."""
@@ -237,20 +254,22 @@ def _peer_table_overflow_kernel(X, DY, DH, A, IDX, ORDER, OFFSETS, PARTIAL, D: t
     start = tl.maximum(tl.load(OFFSETS + expert) + SHARE, window * SHARE)
     end = tl.minimum(tl.load(OFFSETS + expert + 1), window * SHARE + SHARE)
     if start < end:
-        du, dv = sum_pairs(X, DY, DH, A, ORDER, start, end, D, R, BLOCK_P, BLOCK_D)
-        out = PARTIAL + window * (2 * D) + col
+        du, dv = sum_pairs(X, DY, DH, A, ORDER, start, end, D, R, PARTS, BLOCK_P, BLOCK_D)
+        out = PARTIAL + window * (PARTS * D) + col
         tl.store(out, du, mask=col < D)
-        tl.store(out + D, dv, mask=col < D)
+        if PARTS == 2:
+            tl.store(out + D, dv, mask=col < D)
 
 
 @triton.jit
 def _peer_table_kernel(X, DY, DH, A, ORDER, OFFSETS, PARTIAL, OUT, D: tl.constexpr, R: tl.constexpr,
-                       SHARE: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_P: tl.constexpr,
-                       BLOCK_D: tl.constexpr):
+                       PARTS: tl.constexpr, SHARE: tl.constexpr, ACCUMULATE: tl.constexpr,
+                       BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     """One expert per program: its first SHARE pairs, then its windows' sums in order, all in
-    float32 registers. Its two rows are written once: zeros without pairs; when accumulating,
+    float32 registers. Its PARTS rows are written once: zeros without pairs; when accumulating,
     nothing then.
-    Traffic: 2Ed elements written, 2Pd gathered from x and dy, which mostly stay in L2.
+    Traffic: 2Ed elements written, 2Pd gathered from x and dy, which mostly stay in L2 (PARTS 1:
+    half of it).
     Limits: positions and offsets are 64-bit; at most 2^31 - 1 experts."""
     expert = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_D)
@@ -259,7 +278,7 @@ def _peer_table_kernel(X, DY, DH, A, ORDER, OFFSETS, PARTIAL, OUT, D: tl.constex
     if (first < end) | (not ACCUMULATE):
         # The first SHARE pairs
         own_end = tl.minimum(end, first + SHARE)
-        du, dv = sum_pairs(X, DY, DH, A, ORDER, first, own_end, D, R, BLOCK_P, BLOCK_D)
+        du, dv = sum_pairs(X, DY, DH, A, ORDER, first, own_end, D, R, PARTS, BLOCK_P, BLOCK_D)
         # The windows that hold its overflow, BLOCK_P scratch rows at a time
         if end - first > SHARE:
             window = (first + SHARE) // SHARE
@@ -267,17 +286,37 @@ def _peer_table_kernel(X, DY, DH, A, ORDER, OFFSETS, PARTIAL, OUT, D: tl.constex
             while window <= last:
                 i = window + tl.arange(0, BLOCK_P)
                 mask = (i <= last)[:, None] & (col < D)[None, :]
-                rows = PARTIAL + i[:, None] * (2 * D) + col
+                rows = PARTIAL + i[:, None] * (PARTS * D) + col
                 du += tl.sum(tl.load(rows, mask=mask, other=0.0), 0)
-                dv += tl.sum(tl.load(rows + D, mask=mask, other=0.0), 0)
+                if PARTS == 2:
+                    dv += tl.sum(tl.load(rows + D, mask=mask, other=0.0), 0)
                 window += BLOCK_P
-        # The expert's two rows, after what they held if that is to stay
-        out = OUT + expert * (2 * D) + col
+        # The expert's rows, after what they held if that is to stay
+        out = OUT + expert * (PARTS * D) + col
         if ACCUMULATE:
             du += tl.load(out, mask=col < D, other=0.0).to(tl.float32)
-            dv += tl.load(out + D, mask=col < D, other=0.0).to(tl.float32)
         tl.store(out, du.to(OUT.dtype.element_ty), mask=col < D)
-        tl.store(out + D, dv.to(OUT.dtype.element_ty), mask=col < D)
+        if PARTS == 2:
+            if ACCUMULATE:
+                dv += tl.load(out + D, mask=col < D, other=0.0).to(tl.float32)
+            tl.store(out + D, dv.to(OUT.dtype.element_ty), mask=col < D)
+
+
+def sum_by_expert(x, dy, dh, a, idx, out, accumulate, share, blocks, warps):
+    """Runs both kernels. out (E, 2, d) gets dh x and a dy of each expert's pairs; out (E, 1, d) gets
+    dh x, whatever dy and a are. All tensors are contiguous. Shapes: see `peer_backward_table`."""
+    E, parts, d = out.shape
+    R = idx.shape[1]
+    order, offsets = sort_pairs(idx, E)
+    windows = ceil_div(idx.numel(), share)
+    partial = torch.empty(windows, parts, d, dtype=torch.float32, device=x.device)
+    if windows:
+        _peer_table_overflow_kernel[(windows,)](
+            x, dy, dh, a, idx, order, offsets, partial, d, R, parts, share, *blocks,
+            num_warps=warps)
+    _peer_table_kernel[(E,)](
+        x, dy, dh, a, order, offsets, partial, out, d, R, parts, share, accumulate, *blocks,
+        num_warps=warps)
 
 
 def peer_backward_table(x, dy, dh, a, idx, n_expert, out=None, accumulate=False, kernel=None,
@@ -297,20 +336,12 @@ def peer_backward_table(x, dy, dh, a, idx, n_expert, out=None, accumulate=False,
     if not choose(kernel, x, dy, dh, a):
         return peer_backward_table_torch(x, dy, dh, a, idx, n_expert, out, accumulate)
     x, dy, dh, a, idx = contiguous(x, dy, dh, a, idx)
-    R, d = idx.shape[1], x.shape[1]
+    d = x.shape[1]
     if out is None:
         out = torch.empty(n_expert, 2, d, dtype=torch.float32, device=x.device)
         accumulate = False
-    order, offsets = sort_pairs(idx, n_expert)
-    # 4 rows at a time: most experts have few pairs, and more rows would mostly be masked.
-    blocks = row_blocks(d, 4, x.element_size())
-    windows = ceil_div(idx.numel(), share)
-    partial = torch.empty(windows, 2, d, dtype=torch.float32, device=x.device)
-    if windows:
-        _peer_table_overflow_kernel[(windows,)](
-            x, dy, dh, a, idx, order, offsets, partial, d, R, share, *blocks, num_warps=4)
-    _peer_table_kernel[(n_expert,)](
-        x, dy, dh, a, order, offsets, partial, out, d, R, share, accumulate, *blocks, num_warps=4)
+    shape = launch_shape(d, x.element_size(), *SUM)
+    sum_by_expert(x, dy, dh, a, idx, out, accumulate, share, *shape)
     return out
 
 
@@ -386,6 +417,31 @@ PASSES = {
 }
 
 
+def choose_path(wanted, table):
+    """The path that `ffn.peer_path = auto` takes; ValueError for an explicit fused that cannot run."""
+    refusal = "PKM has no neurons" if table.shape[1] == 1 else ""
+    if not refusal and not use_triton(table):
+        refusal = "it needs a CUDA device and Triton"
+    if wanted == "fused" and refusal:
+        raise ValueError(f'ffn.peer_path = "fused" cannot run: {refusal}; use "auto" or "lean"')
+    if wanted != "auto":
+        return wanted
+    # auto: fused on CUDA; lean on a CPU, and for PKM, whose forward is one kernel as it is;
+    # readable, which needs only gathers and products, on MPS.
+    if table.is_cuda:
+        return "lean" if refusal else "fused"
+    return "lean" if table.device.type == "cpu" else "readable"
+
+
+def accumulates(leaf):
+    """Whether the backward pass that is running adds to the .grad of this leaf, given by its node in
+    the graph. torch.autograd.grad does not, nor does backward(inputs=...) without it."""
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:                    # torch.autograd.grad of the leaf itself
+        return False
+
+
 class GatheredExperts(torch.autograd.Function):
     """experts_readable without the gathered rows: x (N, d), table (E, 2, d), idx (N, R) and gate
     (N, R) -> y (N, d). `path` "lean" is plain PyTorch, "fused" the Triton kernels.
@@ -395,11 +451,11 @@ class GatheredExperts(torch.autograd.Function):
     PKM's path, adds atomically.
 
     A table without .grad gets a dense gradient, as from any function. If the table has one,
-    backward adds to it in place and returns None for the table: autograd would first fill a second
-    tensor, 2 GiB at E = 2^20 and d = 256, mostly with zeros, and then add it. loss.backward()
-    accumulates either way. On a CPU keep the buffer, with zero_grad(set_to_none=False), because
-    fresh memory is dear there. On CUDA drop it: the allocator keeps the memory. torch.autograd.grad
-    of a table needs table.grad = None.
+    loss.backward() adds to it in place: autograd would first fill a second tensor, 2 GiB at
+    E = 2^20 and d = 256, mostly with zeros, and then add it. Where backward is not to accumulate
+    into the table (torch.autograd.grad, inputs= of something else) its .grad is left alone. On a
+    CPU keep the buffer, with zero_grad(set_to_none=False), because fresh memory is dear there. On
+    CUDA drop it: the allocator keeps the memory.
     """
 
     @staticmethod
@@ -422,7 +478,7 @@ class GatheredExperts(torch.autograd.Function):
         # The buffer to add to. A compiler must not see a gradient written on the side.
         kept = None
         if table.is_leaf and not torch.compiler.is_compiling():
-            kept = table.grad
+            kept = table.grad if accumulates(ctx.next_functions[1][0]) else None
         d_table = backward_table(x, dy, dh, a, idx, len(table), kept, accumulate=kept is not None)
         if kept is not None:
             d_table = None

@@ -9,13 +9,17 @@ What each number means is in lab/timing/measure.py; what is compared stands abov
 tables.
 """
 import json
+import math
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from lab.timing.measure import INPUTS, Contestant, ceiling_rows, find_machine, measure, print_table
+from lab.timing.measure import (INPUTS, Contestant, Table, ceiling_rows, find_machine,
+                                machine_name, measure, print_table, skipped_row)
 from lab.timing.moe import MOE_SHAPES, bench_moe
 from lab.timing.peer import PEER_SHAPES, bench_peer
 from model import GPT, load_config
@@ -84,28 +88,38 @@ def training_step(machine, config, dtype):
     return Contestant(step, flops, machine.compute_ms(flops, dtype))
 
 
+def bench_steps(machine, shape, configs, dtype):
+    """Rows of one table: ms of a training step; peak memory beyond parameters and AdamW's
+    moments."""
+    m, t = configs["dense"].model, configs["dense"].train
+    tokens = 1e3 * t.batch_size * m.block_size
+    speed = "tokens/s", lambda row: f"{tokens / row['ms']:,.0f}" if row["ms"] else "-"
+    steps = {name: training_step(machine, config, dtype) for name, config in configs.items()}
+    return print_table(measure(machine, "model", shape, dtype, "fwd+bwd", steps), speed)
+
+
 def bench_model(machine, sets):
-    """Yields the rows of one table at a time: ms of a training step; peak memory beyond parameters
-    and AdamW's moments."""
+    """The Tables of the bench."""
     print("A training step (forward, backward, clipping, AdamW) of whole models, beside the dense "
-          "one of\nequal active FLOPs; bfloat16 is autocast over float32 parameters.")
+          "one of\nequal active FLOPs; bfloat16 is autocast over float32 parameters.", flush=True)
+    dtypes = (torch.float32, torch.bfloat16) if machine.device == "cpu" else (torch.bfloat16,)
+    tables = []
     for title, configs in sets.items():
         m, t = configs["dense"].model, configs["dense"].train
         shape = f"{title} B{t.batch_size} T{m.block_size} L{m.n_layer} d{m.n_embd} V{m.vocab_size}"
-        tokens = 1e3 * t.batch_size * m.block_size
-        speed = "tokens/s", lambda row: f"{tokens / row['ms']:,.0f}" if row["ms"] else "-"
-        for dtype in (torch.float32,
-                      torch.bfloat16) if machine.device == "cpu" else (torch.bfloat16,):
-            steps = {name: training_step(machine, config, dtype)
-                     for name, config in configs.items()}
-            yield print_table(measure(machine, "model", shape, dtype, "fwd+bwd", steps), speed)
-            steps.clear()                           # before the next models are made
+        tables += [Table(shape, dtype, partial(bench_steps, machine, shape, configs, dtype))
+                   for dtype in dtypes]
+    return tables
 
 
 # ---- the program ----
 
 ROUNDS = {("cpu", "quick"): (1, 3), ("cpu", "full"): (2, 9),                   # warm-up, counted
           ("cuda", "quick"): (3, 10), ("cuda", "full"): (10, 30)}
+# Seconds: of the rounds of one contestant, and of the whole.
+LIMITS = {"quick": (1, 180), "full": (20, math.inf)}
+# Seconds before that end after which no table is begun, and nothing more is called.
+LAST_TABLE, LAST_CALL = 60, 20
 
 
 def build_parser():
@@ -117,7 +131,8 @@ def build_parser():
                         default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where to run (default: cuda if there is one, else cpu)")
     parser.add_argument("--shapes", choices=["quick", "full"], default="full",
-                        help="quick: the two smallest shapes, few repeats (default: full)")
+                        help="quick: the two smallest shapes, few repeats, three minutes at most "
+                        "(default: full)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there (default: only print)")
     return parser
 
@@ -125,13 +140,18 @@ def build_parser():
 def run(options):
     """Yields the rows of one call of the program, table by table, the ceilings first; prints
     them."""
-    device, n = options.device, 2 if options.shapes == "quick" else None
+    device, n, start = options.device, 2 if options.shapes == "quick" else None, time.perf_counter()
+    budget, whole = LIMITS[options.shapes]
+    warmup, repeats = ROUNDS[device, options.shapes]
+    print(f"{machine_name(device)}; median of {repeats} interleaved rounds, or of as many as fit "
+          f"into {budget} s", flush=True)
     size = dict(size=8192, copy_mib=2048) if device == "cuda" else {}
-    machine = find_machine(device, *ROUNDS[device, options.shapes], **size)
+    machine = find_machine(device, warmup, repeats, **size, budget=budget,
+                           end=start + whole - LAST_CALL)
     products = ", ".join(f"{flops / 1e12:.3g} in {str(dtype)[6:]}"
                          for dtype, flops in machine.matmul.items())
-    print(f"{machine.name()}; median of {machine.repeats} interleaved rounds\n"
-          f"ceilings: matrix product {products} TFLOP/s; copy {machine.copy / 1e9:.3g} GB/s\n")
+    print(f"ceilings: matrix product {products} TFLOP/s; copy {machine.copy / 1e9:.3g} GB/s\n",
+          flush=True)
     # Then the tables of the bench.
     if options.bench == "moe":
         tables = bench_moe(machine, MOE_SHAPES[device][:n])
@@ -140,7 +160,29 @@ def run(options):
     else:
         tables = bench_peer(machine, PEER_SHAPES[device][:n])
     yield ceiling_rows(options.bench, machine)
-    yield from tables
+    for i, table in enumerate(tables):
+        gone = time.perf_counter() - start
+        print(f"\n[table {i + 1} of {len(tables)}; {time_left(gone, i, len(tables), whole)}]",
+              flush=True)
+        if machine.emulates(table.dtype):
+            times = machine.matmul[torch.float32] / machine.matmul[table.dtype]
+            why = f"not measured: emulated here, a product takes {times:.0f} times that of float32"
+        elif gone > whole - LAST_TABLE:
+            why = "not measured: the time is over"
+        else:
+            yield table.rows()
+            continue
+        yield print_table([skipped_row(options.bench, device, table, why)])
+
+
+def time_left(gone, done, tables, whole):
+    """How long a bench goes on, from the pace of the tables that are done."""
+    left, word = max(0, whole - gone), "at most"
+    if done and gone / done * (tables - done) < left:
+        left, word = gone / done * (tables - done), "about"
+    if left == math.inf:
+        return "time left unknown yet"
+    return f"{word} {int(left) // 60}:{int(left) % 60:02} left"
 
 
 def keep(rows, path):

@@ -46,15 +46,15 @@ class Experiment:
     def __init__(self, path, size, seeds=None, out=None):
         self.path, self.size = path, size
         self.spec = read_experiment(path)
-        self.seeds = range(seeds or self.spec.get("seeds", 3))
         # Claims and panels may name arms of any size, so that both sizes are expanded.
-        every = {s: expand(self.spec, path, s, self.seeds) for s in SIZES}
+        every = {s: expand(self.spec, path, s, range(seeds) if seeds else None) for s in SIZES}
         self.arms = every[size]
         names = {arm.name for arms in every.values() for arm in arms}
         self.claims = read_claims(self.spec, names, path)
         check_panels(self.spec, names, path)
         if not self.arms:
             raise ConfigError(f"{path}: has no arm at size {size}")
+        self.seeds = sorted({arm.seed for arm in self.arms})
         self.out = Path(out or Path("results") / Path(path).stem) / size
         self.failed = {}
 
@@ -232,7 +232,7 @@ def build_parser():
     parser.add_argument("file", metavar="FILE.toml", help="an experiment: ls configs/papers")
     parser.add_argument("--size", choices=SIZES, default="cpu", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, metavar="N",
-                        help="seeds 0 to N - 1 (default: the file's)")
+                        help="seeds 0 to N - 1 of every arm (default: the file's)")
     parser.add_argument("--only", nargs="+", metavar="ARM",
                         help="these arms (* fits anything) and what "
                         "they come from")

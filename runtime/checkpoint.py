@@ -1,4 +1,4 @@
-"""The run folder: atomic save, checked load, lock, ancestry.
+"""The run folder: what lies in it, its lock, going on with it, starting from it, ancestry.
 
     runs/<name>/config.toml      what ran, every value resolved
                log.csv          one row per logged step
@@ -6,26 +6,24 @@
                ckpt_prev.pt     the checkpoint before that, taken when ckpt_last is damaged
                ckpt_best.pt     weights only, of the lowest validation loss
 
-A checkpoint is data: tensors by name and a JSON header, read with weights_only=True, which executes nothing.
-A new one is written beside the old one, flushed to the disk and renamed over it, so that at every moment one
-of them is whole.
+A new checkpoint is written beside the old one, flushed to the disk and renamed over it (files.py), so that at
+every moment one of them is whole.
 """
 import contextlib
 import hashlib
-import json
 import math
 import os
 import sys
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from data.binfile import DataError, replacing
+from data.binfile import explain
 from data.tokenizers import Tokenizer
 from runtime import parallel
-from runtime.config import all_fields, from_tables, tell, to_toml
+from runtime.config import all_fields, from_tables, to_toml
+from runtime.ending import program, quoted, tell
+from runtime.files import Checkpoint, CheckpointError, load, save, there, write_text, written
 from settings import ConfigError, LifelongConfig, show
 
 try:
@@ -33,7 +31,6 @@ try:
 except ImportError:                                   # Windows has no flock: there a run folder is not locked
     fcntl = None
 
-FORMAT = 1
 # A resumed run may change these; everything else would make it another run.
 CHANGEABLE = {"train." + name for name in ("max_steps", "eval_every", "eval_batches", "log_every",
               "save_every", "sample_every", "sample_tokens", "device", "compile", "keep", "grad_accum",
@@ -47,76 +44,9 @@ RETRAINABLE = {"model.dropout", "model.loss_chunks"} | {"ffn." + name for name i
 LAST, PREVIOUS, BEST = "ckpt_last.pt", "ckpt_prev.pt", "ckpt_best.pt"
 
 
-class CheckpointError(RuntimeError):
-    """A run folder or checkpoint that cannot be used; the message names the file and the remedy."""
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says why and what is safe."""
     status = 1
-
-
-class Checkpoint(NamedTuple):
-    """What a file holds. header: format, step, tokens, seconds, val_loss, config, tokenizer, ancestry."""
-    header: dict
-    model: dict                         # name -> tensor
-    optimizer: dict                     # "parameter name/state name" -> tensor; empty in ckpt_best
-
-
-def save(path, header, model_state, optimizer_state=None):
-    """Writes a checkpoint so that `path` holds the old one or the new one, never a part.
-
-    Raises CheckpointError if the disk is full or the folder cannot be written; the old file then stays.
-    """
-    parts = dict(model=model_state, optimizer=optimizer_state or {})
-    content = dict(header=json.dumps(dict(header, format=FORMAT)), **parts)
-    needed = sum(t.numel() * t.element_size() for part in parts.values() for t in part.values())
-    with written(path, needed) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as e:                           # torch's own, raised over the OSError of the file
-            raise e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e))
-
-
-@contextlib.contextmanager
-def written(path, needed=0):
-    """data.binfile.replacing for what lies in a run folder: its failures are CheckpointErrors."""
-    try:
-        with replacing(path, needed) as file:
-            yield file
-    except DataError as e:
-        raise CheckpointError(str(e)) from None
-
-
-def load(path, device="cpu"):
-    """The Checkpoint in a file, every byte checked. Raises CheckpointError if it is missing, damaged or
-    foreign."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:         # torch itself does not compare the checksums it stores
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"checksum of {damaged}")
-        content = torch.load(path, map_location=device, weights_only=True)
-        checkpoint = Checkpoint(json.loads(content["header"]), content["model"], content["optimizer"])
-        if (version := checkpoint.header["format"]) == FORMAT:
-            check_content(checkpoint)
-    except (zipfile.BadZipFile, EOFError) as e:
-        raise CheckpointError(f"{path}: damaged or cut short ({e}); delete it, or copy it again") from None
-    except Exception as e:                              # unpickling a foreign file can raise anything at all
-        why = f"{type(e).__name__}: {e}".strip().split("\n")[0]
-        raise CheckpointError(f"{path}: not a checkpoint of this program ({why})") from None
-    if version != FORMAT:
-        raise CheckpointError(f"{path}: has format {version}, this code reads format {FORMAT}; use the code "
-                              "that wrote it")
-    return checkpoint
-
-
-def check_content(checkpoint):
-    """Raises some exception unless all is there that is read later, and the settings are known here."""
-    from_tables(checkpoint.header["config"])
-    Tokenizer.from_dict(checkpoint.header["tokenizer"])
-    whole = isinstance(checkpoint.header["step"], int) and "ancestry" in checkpoint.header
-    if not whole or not all(isinstance(t, torch.Tensor) for part in checkpoint[1:] for t in part.values()):
-        raise ValueError("parts of it are missing")
 
 
 def load_last(folder, device="cpu", say=tell):
@@ -124,10 +54,11 @@ def load_last(folder, device="cpu", say=tell):
     try:
         return load(Path(folder) / LAST, device)
     except CheckpointError as e:
-        if not can_resume(folder) and (Path(folder) / BEST).is_file():
+        if not can_resume(folder) and there(Path(folder) / BEST):
             raise CheckpointError(f"{folder}: holds {BEST} alone, which lacks what it takes to go on; start "
                                   "from it with --train.init_from, or replace it: --overwrite") from None
-        if not (Path(folder) / PREVIOUS).is_file():
+        # one that is whole but not ours to read is no reason to go back
+        if isinstance(e.__cause__, PermissionError) or not there(Path(folder) / PREVIOUS):
             raise
         say(f"{e}; going back to {PREVIOUS}")
         return load(Path(folder) / PREVIOUS, device)
@@ -139,12 +70,39 @@ def save_last(folder, header, model_state, optimizer_state, keep_previous=True):
     fresh = folder / "ckpt_new.pt"
     save(fresh, header, model_state, optimizer_state)
     try:
-        if keep_previous and (folder / LAST).exists():
+        if keep_previous and there(folder / LAST):
             os.replace(folder / LAST, folder / PREVIOUS)
         os.replace(fresh, folder / LAST)
     except OSError as e:                                            # a folder has this name, for instance
         raise CheckpointError(f"{folder / LAST}: cannot be replaced ({e.strerror}); move it away, the new "
                               f"checkpoint is whole and lies in {fresh}") from None
+
+
+def go_on(folder):
+    """What to do when a run in this folder ended early."""
+    if can_resume(folder):
+        return f"go on with `{program('train.py')} --out {quoted(folder)} --resume`"
+    return "run the command again with --overwrite"
+
+
+@contextlib.contextmanager
+def going_on(folder):
+    """Lets a failure to write what a run leaves say how the run goes on."""
+    try:
+        yield
+    except CheckpointError as e:
+        raise CheckpointError(str(e).replace("run the command again", go_on(folder))) from None
+
+
+def check_finite(folder, trainer, *parts):
+    """Raises TrainingError if a number of the weights or the optimizer's state is infinite or none at all:
+    such a checkpoint must not take the place of a good one."""
+    for name, t in (item for part in parts for item in part.items()):
+        if t.is_floating_point() and not t.isfinite().all():
+            kept = f"the checkpoint before is kept, {go_on(folder)}" if can_resume(folder) else "none was saved before"
+            raise TrainingError(f"after step {trainer.done} {name} is not finite; nothing is saved, {kept}, or "
+                                "start anew with a lower train.lr, a longer train.warmup_steps or a smaller "
+                                "train.grad_clip")
 
 
 def header_of(trainer):
@@ -159,15 +117,19 @@ def save_run(folder, trainer):
     model = parallel.gather(trainer.model.state_dict(keep_vars=True))
     optimizer = parallel.gather(optimizer_tensors(trainer.model, trainer.optimizer))
     if parallel.rank() == 0:
+        check_finite(folder, trainer, model, optimizer)
         keep = trainer.config.train.keep == "all"
-        save_last(folder, header_of(trainer), model, optimizer, keep_previous=keep)
+        with going_on(folder):
+            save_last(folder, header_of(trainer), model, optimizer, keep_previous=keep)
 
 
 def save_best(folder, trainer):
     """Writes ckpt_best.pt: the weights alone."""
     model = parallel.gather(trainer.model.state_dict(keep_vars=True))
     if parallel.rank() == 0:
-        save(Path(folder) / BEST, header_of(trainer), model)
+        check_finite(folder, trainer, model)
+        with going_on(folder):
+            save(Path(folder) / BEST, header_of(trainer), model)
 
 
 def restore(trainer, saved):
@@ -215,11 +177,15 @@ def check_vocabulary(config, tokenizer, origin):
 
 
 def load_weights(model, state, where):
-    """load_state_dict whose error names the file, the missing and unknown tensors and the changed shapes."""
+    """load_state_dict whose error names the file, the missing and unknown tensors and the changed shapes and
+    dtypes."""
     own = model.state_dict()
     missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
-    changed = [f"{n} {tuple(state[n].shape)} -> {tuple(own[n].shape)}" for n in own
-               if n in state and state[n].shape != own[n].shape]
+    def kind(t):
+        return f"{tuple(t.shape)} {t.dtype}".replace(" torch.float32", "").replace("torch.", "")
+
+    changed = [f"{n} {kind(state[n])} -> {kind(own[n])}" for n in own
+               if n in state and kind(state[n]) != kind(own[n])]
     for what, names in (("lacks", missing), ("has the unknown", unknown), ("differs in", changed)):
         if names:
             some = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
@@ -243,11 +209,13 @@ def load_plain(folder, device="cpu", which="best"):
     which: "best", or "last"; best falls back to last where a run has not been evaluated. Raises
     CheckpointError.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such run folder; `python train.py` makes one")
+    if not str(folder):
+        raise CheckpointError("the name of the run folder is empty; give one")
+    folder = Path(os.path.expanduser(folder))
+    if not there(folder):
+        raise CheckpointError(f"{folder}: no such run folder; `{program('train.py')}` makes one")
     best = folder / BEST
-    checkpoint = load(best, device) if which == "best" and best.exists() else load_last(folder, device)
+    checkpoint = load(best, device) if which == "best" and there(best) else load_last(folder, device)
     alpha = checkpoint.header["config"].get("lifelong", {}).get("lora_alpha", 0.0)
     return checkpoint._replace(model=fold_adapters(checkpoint.model, alpha))
 
@@ -263,12 +231,14 @@ class Lock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a+")
-        except OSError as e:
-            raise CheckpointError(f"{self.path.parent}: cannot be written ({e.strerror}); choose another "
-                                  "folder with --out") from None
+        except (OSError, ValueError) as e:
+            remedy = "choose another folder with --out"
+            raise CheckpointError(explain(e, self.path.parent, remedy=remedy)) from None
         try:
             if fcntl:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                tell("note: this system has no file locks; two runs in one folder are not prevented")
         except OSError:
             self.file.close()
             raise CheckpointError(f"{self.path.parent}: another process is using this run folder; wait for "
@@ -281,20 +251,26 @@ class Lock:
 
 def has_run(folder):
     """True if the folder holds a checkpoint."""
-    return any((Path(folder) / name).exists() for name in (LAST, PREVIOUS, BEST))
+    return any(there(Path(folder) / name) for name in (LAST, PREVIOUS, BEST))
 
 
 def can_resume(folder):
     """True if the folder holds a checkpoint to go on from; a run that was killed early may have none but
     ckpt_best."""
-    return any((Path(folder) / name).exists() for name in (LAST, PREVIOUS))
+    return any(there(Path(folder) / name) for name in (LAST, PREVIOUS))
 
 
 def clear_run(folder):
-    """Deletes what a run wrote, and nothing else."""
-    for name in (LAST, PREVIOUS, BEST, "ckpt_new.pt", "log.csv", "config.toml"):
-        (Path(folder) / name).unlink(missing_ok=True)
-        (Path(folder) / f".{name}.tmp").unlink(missing_ok=True)         # left by a process that was killed
+    """Deletes what a run wrote, and nothing else; all of it or, if one is a folder, none (CheckpointError)."""
+    names = LAST, PREVIOUS, BEST, "ckpt_new.pt", "log.csv", "config.toml"
+    paths = [Path(folder) / name for name in (*names, *(f".{name}.tmp" for name in names))]    # .tmp: of a kill
+    if odd := [path for path in paths if path.is_dir()]:
+        raise CheckpointError(f"{odd[0]}: is a folder in the place of a run's file; move it away")
+    try:
+        for path in paths:
+            path.unlink(missing_ok=True)
+    except OSError as e:
+        raise CheckpointError(explain(e, e.filename, done="deleted")) from None
 
 
 def check_free(out, overwrite, sources=()):
@@ -304,31 +280,30 @@ def check_free(out, overwrite, sources=()):
     if any(source and Path(source).resolve() == Path(out).resolve() for source in sources):
         raise ConfigError(f"{out} is what the new run is made from; choose another folder with --out")
     if has_run(out) and not overwrite:
-        raise ConfigError(f"{out} already holds a run: `python train.py --out {out} --resume` goes on with "
-                          "it, --overwrite replaces it, --out DIR takes another folder")
+        resume = f"`{program('train.py')} --out {quoted(out)} --resume` goes on with it"
+        what = resume if can_resume(out) else f"of which {BEST} alone is left"
+        raise ConfigError(f"{out} already holds a run: {what}, --overwrite replaces it, --out DIR takes another "
+                          "folder")
 
 
-def save_made(out, config, state, tokenizer, ancestry):
-    """Writes a model that was made, not trained (expanded, mixed, averaged), as an ordinary run folder at
+def save_made(out, config, state, tokenizer, ancestry=None):
+    """Writes a model that was made, not trained here (expanded, mixed, by hand), as an ordinary run folder at
     step 0, which trains on (--resume, train.init_from), samples and is plotted like any other.
 
     config: resolved, of the made model; how its parents came to be (train.init_from, [lifelong]) is left out
     of what is written. state: tensors by plain names. ancestry: dict(kind, run, parents, ...). Call it within
     Lock(out), after check_free() and clear_run().
     """
+    Path(out).mkdir(parents=True, exist_ok=True)
+    ancestry = ancestry or dict(kind="made", run=str(out), parents=[])
     config = from_tables(config.to_dict())
     config.train.init_from, config.lifelong = "", LifelongConfig()
     header = dict(step=0, tokens=0, seconds=0.0, val_loss=math.inf, config=config.to_dict(),
                   tokenizer=tokenizer.to_dict(), ancestry=ancestry)
     write_text(Path(out) / "config.toml", to_toml(config))
-    save(Path(out) / BEST, header, state)
-    save(Path(out) / LAST, header, state)
-
-
-def write_text(path, text):
-    """Writes a small text file atomically. Raises CheckpointError."""
-    with written(path) as file:
-        file.write(text.encode())
+    with going_on(out):
+        save(Path(out) / BEST, header, state)
+        save(Path(out) / LAST, header, state)
 
 
 def tokenizer_of(saved):

@@ -5,7 +5,6 @@ with one raises ConfigError, whose message is one line for people: the key, the 
 what to write instead.
 """
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import math
@@ -15,8 +14,11 @@ import sys
 import tomllib
 from pathlib import Path
 
-from data.binfile import DataError
+from data.binfile import explain
+from runtime.ending import Ending, fail, tell           # programs take Ending and tell from here as well
 from settings import SECTIONS, Config, ConfigError, show
+
+PATHS = ("train.init_from", "lifelong.teacher", "data.dir")             # in which ~ is the user's folder
 
 
 # ---- from tables and texts to a Config ----
@@ -25,7 +27,8 @@ from settings import SECTIONS, Config, ConfigError, show
 def set_value(config, key, value, source):
     """Sets `section.name` to a value as TOML or Python has it; source: where it comes from, for messages."""
     section, spec = find_field(key, source)
-    setattr(getattr(config, section), spec.name, check_value(value, spec, key, source))
+    value = check_value(value, spec, key, source)
+    setattr(getattr(config, section), spec.name, os.path.expanduser(value) if key in PATHS else value)
     config.sources[key] = source
 
 
@@ -92,12 +95,21 @@ def from_text(text, kind, key, source):
         if text.startswith("["):
             return parse_toml(f"value = {text}", source)["value"]
         if kind == str | list[str]:
-            return text.split(",") if "," in text else text
-        return [from_text(t, kind.__args__[0], key, source) for t in text.split(",") if t]
+            return [t.strip() for t in text.split(",")] if "," in text else text
+        return [from_text(t, kind.__args__[0], key, source) for t in text.split(",") if t.strip()]
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        raise ConfigError(f"{source}: {key} = {text} is not {type_name(kind)}") from None
+        raise ConfigError(f"{source}: {key} = {brief(text)} is not {type_name(kind)}") from None
+
+
+def brief(value):
+    """A value for a message: a text as it is, another as TOML writes it, and cut where it is long."""
+    try:
+        text = value if isinstance(value, str) else show(value)
+    except ValueError:                                  # of an int: Python writes 4300 digits and no more
+        text = "a number of thousands of digits"
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def check_value(value, spec, key, source):
@@ -106,12 +118,16 @@ def check_value(value, spec, key, source):
     items = value if isinstance(value, list) else [value]
     inner = {list[int]: int, list[float]: float, str | list[str]: str}.get(kind, kind)
     if inner is float:
-        items = [float(v) if type(v) is int else v for v in items]
+        items = [(float(v) if abs(v) < 2**1000 else math.inf) if type(v) is int else v for v in items]
     is_list = isinstance(value, list)
     fits = kind == str | list[str] or is_list == (kind in (list[int], list[float]))
     if not fits or any(type(v) is not inner for v in items):
-        raise ConfigError(f"{source}: {key} = {show(value)} is not {type_name(kind)}")
+        raise ConfigError(f"{source}: {key} = {brief(value)} is not {type_name(kind)}")
     for v in items:
+        if inner is int and abs(v) >= 2**63:
+            raise ConfigError(f"{source}: {key} = {brief(v)} must be below 2^63")
+        if inner is str and "\0" in v:
+            raise ConfigError(f"{source}: {key} = {brief(show(v))} has a NUL byte")
         if inner is float and not math.isfinite(v):
             raise ConfigError(f"{source}: {key} = {v} is not finite")
         if meta["choices"] and v not in meta["choices"]:
@@ -126,7 +142,7 @@ def check_value(value, spec, key, source):
 def parse_toml(text, source):
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:           # ValueError: a number of thousands of digits as well
         raise ConfigError(f"{source}: not valid TOML: {e}") from None
 
 
@@ -138,13 +154,16 @@ def read_config(path=None, overrides=()):
     """
     config = Config()
     if path is not None:
+        path = os.path.expanduser(path)
         try:
             text = Path(path).read_text(encoding="utf-8-sig")       # an editor may have put a mark in front
         except FileNotFoundError:
             known = [p.name for p in sorted(Path(path).parent.glob("*.toml"))]
             raise ConfigError(f"{path}: no such config file{nearest(Path(path).name, known)}") from None
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{path}: is no text in UTF-8, as a config must be: {e}") from None
         except (OSError, ValueError) as e:
-            raise ConfigError(f"{path}: cannot be read as a config: {e}") from None
+            raise ConfigError(explain(e, path, done="read", remedy="give a config file")) from None
         config = from_tables(parse_toml(text, path), str(path))
     for key, value in dict(overrides).items():
         if isinstance(value, str):
@@ -165,6 +184,7 @@ def check_run(config):
          "needs one number for each corpus of data.name"),
         (d.weights and (min(d.weights) < 0 or sum(d.weights) <= 0), "data.weights",
          "must be at least 0, not all 0"),
+        (not math.isfinite(sum(d.weights)), "data.weights", "have a sum that is not finite"),
         (not d.names or "" in d.names, "data.name", "names no corpus"),
         (len(set(d.names)) < len(d.names), "data.name", "names a corpus twice"),
         (ll.distill and not (t.init_from or ll.teacher), "lifelong.distill",
@@ -186,42 +206,6 @@ def check_run(config):
 # ---- programs ----
 
 
-def tell(text, file=None):
-    """Prints a line on stderr (or `file`). A terminal that is gone or a full disk behind it costs nothing:
-    what a program does matters more than what it says."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=file or sys.stderr, flush=True)
-
-
-class Ending:
-    """How a program ends: `with Ending() as end: ...` and then `return end.status`. A mistake or failure that
-    is meant for people (an exception with a `status`, DataError, Ctrl-C) ends in one line, not a traceback.
-    Status: 0 done, 1 a failure, 2 a mistake in what was asked for, 130 Ctrl-C, 141 the reader left."""
-
-    def __init__(self, speak=lambda: True):
-        self.status, self.speak = 0, speak              # speak() says whether this process may tell it
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, KeyboardInterrupt):
-            self.status = 130
-        elif isinstance(error, BrokenPipeError):        # such as `head`, which has what it wants
-            self.status = 141
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return True
-        elif isinstance(error, DataError):
-            self.status = 2
-        elif isinstance(getattr(error, "status", None), int):
-            self.status = error.status
-        else:
-            return False
-        if self.speak():
-            fail(error)
-        return True
-
-
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
 
 
@@ -234,14 +218,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         sys.exit(fail(message))
-
-
-def fail(message):
-    """Says `error: message` on stderr, or `interrupted` of a KeyboardInterrupt; returns the exit status, 2 or
-    130, as shells report what Ctrl-C ended."""
-    interrupted = isinstance(message, KeyboardInterrupt)
-    tell("\ninterrupted" if interrupted else f"error: {message}")
-    return 130 if interrupted else 2
 
 
 def add_settings(parser, sections=tuple(SECTIONS), more=None):

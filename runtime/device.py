@@ -4,6 +4,7 @@ import contextlib
 import torch
 
 from runtime import parallel
+from runtime.report import TrainingError
 from settings import ConfigError
 
 
@@ -44,6 +45,24 @@ def resolve_compile(config, device, why_not):
     if why_not:
         return False, f"auto: not with {why_not}"
     return device.type == "cuda", "auto: CUDA" if device.type == "cuda" else "auto: it pays on CUDA only"
+
+
+def compile_forward(trainer, say):
+    """Makes a Trainer call its model compiled. A failure shows in the first step: see go_on_uncompiled."""
+    trainer.say = say
+    trainer.forward = torch.compile(trainer.whole_forward, dynamic=False)
+    trainer.past.compile()
+
+
+def go_on_uncompiled(trainer, error):
+    """After a failure of the compiler: TrainingError if compiling was asked for, else a warning."""
+    why = str(error).strip().split("\n")[0]
+    if trainer.config.train.compile == "on":
+        raise TrainingError(f"train.compile = \"on\", but torch.compile failed: {why}") from None
+    trainer.say(f"warning: torch.compile failed, training goes on uncompiled: {why}")
+    trainer.forward = trainer.whole_forward
+    trainer.past.compile(False)
+    trainer.zero_grad()
 
 
 def precision(device, dtype):

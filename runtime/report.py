@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from data.binfile import explain
 from runtime import checkpoint, parallel
+from runtime.checkpoint import TrainingError
+from runtime.ending import program, quoted
 from runtime.terminal import PLAIN
 from runtime.watch import Watch, usage
 
@@ -24,11 +26,6 @@ COLUMNS = ["step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "lr", "gr
            "balance_loss", "z_loss", "aux_loss", "max_expert_share", "entropy", "dropped", "experts_used",
            "unevenness", "expert_load"]
 MAX_LOGGED_EXPERTS = 1024                               # a million numbers do not belong in a row of a table
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says why and what is safe."""
-    status = 1
-
 
 def speaker(quiet):
     """say(text) for lines beside the bar, on stderr; a terminal that is gone ends nothing."""

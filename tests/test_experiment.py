@@ -199,10 +199,6 @@ def test_rows_of_other_settings_are_dropped(here):
     assert list(rows_of(here / "results/fast/cpu")) == [("fast-1", 0)]
 
 
-# What is recorded of an experiment, where it is not all of its arms at all of its seeds.
-RECORDED = {"deepseek_moe": ["--only", "shared*"]}
-
-
 def test_nothing_recorded_has_to_run_again(tmp_path, monkeypatch, capsys):
     """Every row of the results has the key that its arm has today, and no paper's experiment would
     run."""
@@ -214,7 +210,7 @@ def test_nothing_recorded_has_to_run_again(tmp_path, monkeypatch, capsys):
         rows = rows_of(out / "cpu")
         assert rows and {place: row["key"] for place, row in rows.items()} == {p: keys[p]
                                                                                for p in rows}
-        main(path, "--out", out, *RECORDED.get(path.stem, []))
+        main(path, "--out", out)
         assert capsys.readouterr().out == f"nothing to run: {out}/cpu/verdict.md\n"
         assert contents(out) == before
     assert not list(tmp_path.iterdir())

@@ -254,7 +254,7 @@ def test_a_log_that_is_empty_or_cut_goes_on_and_another_one_is_refused(home, tmp
 
 
 @pytest.mark.parametrize("program, argv, where", [
-    (train, [], "train.prepared"),
+    (train, [], "runtime.start.prepared"),
     (lifelong, ["expand", "x", "--add", "1", "--out", "y"], "grow.lifelong.expand"),
     (evaluate, ["x"], "lab.papers.evaluate.evaluate"), (plots, ["x"], "lab.plots.open_run"),
     (experiment, ["x.toml"], "lab.experiment.Experiment")])

@@ -1,36 +1,39 @@
-"""Growing a trained model, holding its past: freezing, expansion, distillation, L2, replay, adapters."""
+"""Growing a trained model, holding its past: freezing, expansion, teacher, replay, adapters."""
 import csv
 import math
 import os
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import LEARNED, batch_of, config_of, model_of
+from tiny import LEARNED, ONE_EXPERT, batch_of, config_of, model_of
 
 import train
 from data.batches import Batches
-from data.prepare import prepare
+from data.prepare import prepare, prepared
 from grow import lifelong, retain
 from model import GPT, load_config, load_model, resolve
 from runtime import checkpoint
 from sample import sample_text
 from settings import ConfigError
-from tiny import ONE_EXPERT
 
-TINY = {"model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "model.block_size": 16, "ffn.d_ff": 16,
-        "ffn.n_expert": 4}
-TRAIN = {"train.batch_size": 4, "train.max_steps": 4, "train.warmup_steps": 1, "train.eval_every": 2,
-         "train.eval_batches": 2, "train.sample_tokens": 0, "train.device": "cpu", "train.lr": 0.01,
-         "train.weight_decay": 0.5}
+TINY = {"model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16, "model.block_size": 16,
+        "ffn.d_ff": 16, "ffn.n_expert": 4}
+TRAIN = {"train.batch_size": 4, "train.max_steps": 4, "train.warmup_steps": 1,
+         "train.eval_every": 2, "train.eval_batches": 2, "train.sample_tokens": 0,
+         "train.device": "cpu", "train.lr": 0.01, "train.weight_decay": 0.5}
 GROWING = [r for r in LEARNED if r != "expert_choice"]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with two prepared corpora, the trained runs `old` and `dense`, and `grown`, `old` expanded."""
+    """A folder with two prepared corpora, the trained runs `old` and `dense`, and `grown`: `old`
+    expanded."""
     folder = tmp_path_factory.mktemp("home")
-    for name, line in (("one", "def f(x): return x + 1\n"), ("two", "all happy families are alike. ")):
+    for name, line in (("one", "def f(x): return x + 1\n"),
+                       ("two", "all happy families are alike. ")):
         (folder / f"{name}.txt").write_text(line * 120)
         prepare([str(folder / f"{name}.txt")], out=folder / "prepared", quiet=True)
     (folder / "empty.toml").write_text("")
@@ -54,13 +57,14 @@ def go_on(home, out, origin, **settings):
 
 def trainer_of(home, origin, **settings):
     """A Trainer as train.run sets it up from another run's weights."""
-    keys = TRAIN | {"data.name": "two", "data.dir": home / "prepared", "train.init_from": home / origin}
+    keys = TRAIN | {"data.name": "two", "data.dir": home / "prepared",
+                    "train.init_from": home / origin}
     keys |= settings
     config = load_config(None, [(k, str(v)) for k, v in keys.items()])
     config.train.dtype = "float32"
     saved = checkpoint.load_plain(home / origin)
     checkpoint.adopt(config, saved, origin)
-    folders, tokenizer = train.prepared(config.data)
+    folders, tokenizer = prepared(config.data)
     trainer = train.Trainer(config, folders, tokenizer, torch.device("cpu"))
     checkpoint.load_weights(trainer.model, saved.model | retain.adapters(trainer.model), origin)
     return trainer
@@ -79,7 +83,7 @@ def rows(out):
 
 @pytest.mark.parametrize("router", LEARNED)
 def test_frozen_experts_and_routes_are_bit_identical_after_decay_and_stale_momentum(router, home):
-    """Everything learns for three steps, which fills AdamW's momentum; then two experts are frozen."""
+    """Everything learns for three steps, which fills AdamW's momentum; then two experts freeze."""
     more = {"ffn.top_k": 1 if router in ONE_EXPERT else 2, "ffn.bias_rate": 0.5}
     run(home, home / router, **TINY | more | {"ffn.router": router, "train.max_steps": 1})
     trainer = trainer_of(home, router)
@@ -92,8 +96,8 @@ def test_frozen_experts_and_routes_are_bit_identical_after_decay_and_stale_momen
     before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
     for _ in range(3):
         trainer.step()
-    held = [n for n in before
-            if n.endswith(("experts.w_in", "experts.w_out", "score.weight", "noise.weight", "router.bias"))]
+    of_experts = ("experts.w_in", "experts.w_out", "score.weight", "noise.weight", "router.bias")
+    held = [n for n in before if n.endswith(of_experts)]
     assert len(held) == 2 * (3 + (router in ("noisy_topk", "sigmoid")))
     for name in held:
         after = trainer.model.state_dict()[name]
@@ -109,7 +113,8 @@ def test_frozen_rows_are_not_in_the_norm_that_clips(home):
     clear = 0.0
     for name, p in free.model.named_parameters():
         part = p.grad[4:] if ".experts." in name or ".router." in name else p.grad
-        clear += part.div(min(1, 1 / (whole + 1e-6))).square().sum().item()      # as it was before clipping
+        before = part.div(min(1, 1 / (whole + 1e-6)))                       # it was clipped
+        clear += before.square().sum().item()
     assert norm < whole and norm == pytest.approx(math.sqrt(clear), rel=1e-4)
 
 
@@ -123,7 +128,7 @@ def test_with_free_routes_only_the_experts_stay(home, tmp_path):
 def test_n_frozen_is_checked_also_against_a_model_that_comes_from_elsewhere(home, tmp_path, capsys):
     with pytest.raises(ConfigError, match="ffn.n_frozen = 9 is more than the 8"):
         load_config(None, [("ffn.n_frozen", "9")])
-    with pytest.raises(ConfigError, match="has none to freeze"):
+    with pytest.raises(ConfigError, match="ffn.kind = .peer. has none"):
         load_config(None, [("ffn.n_frozen", "1"), ("ffn.kind", "peer")])
     run(home, tmp_path / "run", status=2, **{"train.init_from": home / "grown", "ffn.n_frozen": 7})
     assert "ffn.n_frozen = 7 is more than the 6" in capsys.readouterr().err
@@ -165,18 +170,20 @@ def test_with_new_logits_at_minus_infinity_the_old_logits_are_bit_equal(router, 
     new = GPT(grown).eval()
     new.load_state_dict(lifelong.grow(old.state_dict(), config, grown, init, seed=3))
     idx, _, domain = batch_of()
-    with torch.no_grad():                               # so that new experts are chosen, until they cannot be
+    with torch.no_grad():               # so that new experts are chosen, until they cannot be
         for block in new.blocks:
             block.ffn.router.score.weight[4:].normal_(std=0.5)
     assert all(s.load[4:].sum() > 0 for s in new(idx, domain=domain).stats)
     for block in new.blocks:
         block.ffn.router.score = NoNewExperts(block.ffn.router.score, 4)
     a, b = (model(idx, domain=domain).logits for model in (old, new))
-    if router == "sigmoid":         # torch.sigmoid's own last bit depends on a number's place in its tensor
+    # torch.sigmoid's own last bit depends on a number's place in its tensor
+    if router == "sigmoid":
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     else:
         assert torch.equal(a, b)
-    rows = 2 * 2 * 16 * 2 * (1 + (router == "noisy_topk"))  # 2 experts, 2 layers, width 16, multiply, add
+    # 2 experts, 2 layers, width 16, multiply, add
+    rows = 2 * 2 * 16 * 2 * (1 + (router == "noisy_topk"))
     assert new.flops_per_token() - old.flops_per_token() == rows or router == "soft"
 
 
@@ -194,7 +201,8 @@ def test_copies_are_of_distinct_experts_and_their_routes_do_not_tie(home):
 
 
 def test_expand_makes_a_run_folder_and_says_what_changed(home, tmp_path, capsys):
-    assert lifelong.main(["expand", str(home / "old"), "--add", "2", "--out", str(tmp_path / "six")]) == 0
+    expand = ["expand", str(home / "old"), "--add", "2", "--out", str(tmp_path / "six")]
+    assert lifelong.main(expand) == 0
     said = capsys.readouterr().out
     old, _, _, _ = load_model(home / "old")
     model, config, tokenizer, header = load_model(tmp_path / "six")
@@ -206,7 +214,7 @@ def test_expand_makes_a_run_folder_and_says_what_changed(home, tmp_path, capsys)
     with torch.no_grad():
         p, q = (torch.cat([m(x).logits.flatten(0, 1) for x, *_ in valid]).double().log_softmax(-1)
                 for m in (old, model))
-    kl = float(said.split("KL(old || new) = ")[1].split()[0])
+    kl = float(said.split("KL(teacher || grown) = ")[1].split()[0])
     assert kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=0.02)
     assert "validation text" in said
     # and it is like any other: it samples, resumes, is expanded again, and starts another run
@@ -217,6 +225,43 @@ def test_expand_makes_a_run_folder_and_says_what_changed(home, tmp_path, capsys)
     assert header["ancestry"]["parents"][0]["kind"] == "expand"
     assert train.main(["--out", str(tmp_path / "six"), "--resume", "--quiet"]) == 0
     assert rows(tmp_path / "six")[-1]["step"] == "4" and rows(tmp_path / "six")[0]["val_loss"]
+
+
+@pytest.mark.parametrize("init", ["copy", "random"])
+def test_new_experts_get_tokens_from_a_router_whose_bias_has_drifted(init, home, tmp_path):
+    """Loss-free balancing moves the mean of the biases, by which no old expert gains or loses."""
+    run(home, tmp_path / "run", **TINY | {"ffn.router": "sigmoid", "train.max_steps": 1})
+    saved = checkpoint.load(tmp_path / "run" / checkpoint.BEST)
+    for name, tensor in saved.model.items():
+        if name.endswith("router.bias"):
+            tensor.copy_(0.3 + 0.02 * torch.randn(4))
+    checkpoint.save(tmp_path / "run" / checkpoint.BEST, saved.header, saved.model)
+    expand = ["expand", tmp_path / "run", "--add", 2, "--init", init, "--out", tmp_path / "grown"]
+    assert lifelong.main(expand) == 0
+    model = load_model(tmp_path / "grown")[0]
+    with torch.no_grad():
+        stats = model(batch_of(T=16)[0]).stats
+    for layer, block in enumerate(model.blocks):
+        old, bias = saved.model[f"blocks.{layer}.ffn.router.bias"], block.ffn.router.bias
+        assert torch.equal(bias[:4], old)
+        if init == "random":
+            assert bias[4:].tolist() == pytest.approx([float(old.mean())] * 2)
+        else:
+            assert set(bias[4:].tolist()) <= set(old.tolist())
+    assert sum(s.load[4:].sum() for s in stats) > 0
+
+
+def test_the_next_command_works_as_it_is_printed(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    out = tmp_path / "it's grown"                                       # a shell needs this quoted
+    assert lifelong.main(["expand", str(home / "old"), "--add", "1", "--out", str(out)]) == 0
+    words = shlex.split(capsys.readouterr().out.split("Next:\n")[1])
+    assert words[:2] == ["python", "train.py"] and "docs" in words
+    words[words.index("docs")] = "two"                                  # which takes no preparation
+    small = [f"--{key}={value}" for key, value in TRAIN.items()]
+    assert train.main([*words[2:], *small, "--quiet"]) == 0
+    trained = load_model(f"{out}-trained")[1]
+    assert trained.ffn.n_expert == 5 and trained.lifelong.distill == 1
 
 
 def test_expand_of_split_experts_counts_before_the_split(home, tmp_path):
@@ -249,22 +294,22 @@ def test_models_that_cannot_be_expanded_are_refused_with_the_reason(settings, wa
 
 
 def test_expand_refuses_what_would_overwrite(home, tmp_path, capsys):
-    out = ["--out", str(tmp_path / "out"), "--add", "1"]
-    assert lifelong.main(["expand", str(home / "old"), *out]) == 0
-    assert lifelong.main(["expand", str(home / "old"), *out]) == 2
+    old, out = str(home / "old"), ["--out", str(tmp_path / "out"), "--add", "1"]
+    assert lifelong.main(["expand", old, *out]) == 0
+    assert lifelong.main(["expand", old, *out]) == 2
     assert "already holds a run" in capsys.readouterr().err
-    assert lifelong.main(["expand", str(home / "old"), *out, "--init", "random", "--overwrite"]) == 0
-    assert lifelong.main(["expand", str(home / "old"), *out, "--out", str(home / "old"), "--overwrite"]) == 2
+    assert lifelong.main(["expand", old, *out, "--init", "random", "--overwrite"]) == 0
+    assert lifelong.main(["expand", old, *out, "--out", old, "--overwrite"]) == 2
     assert "is what the new run is made from" in capsys.readouterr().err
     assert lifelong.main(["expand", str(tmp_path / "none"), *out]) == 1
-    assert lifelong.main(["expand", str(home / "old"), "--out", str(tmp_path / "x"), "--add", "0"]) == 2
+    assert lifelong.main(["expand", old, "--out", str(tmp_path / "x"), "--add", "0"]) == 2
     assert not (tmp_path / "x").exists() and checkpoint.has_run(home / "old")
 
 
-# --- the old model in the objective ---
+# --- the teacher in the objective ---
 
 def test_divergence_by_hand_and_its_gradient():
-    """T^2 KL(p || q) of softmax(z / T): gradient with respect to the new logits T (q - p) / tokens."""
+    """T^2 KL(p || q) of softmax(z / T): its gradient in the new logits is T (q - p) / tokens."""
     torch.manual_seed(0)
     old, new, T = torch.randn(2, 3, 5), torch.randn(2, 3, 5, requires_grad=True), 2.5
     kl = retain.kl_divergence(old, new, T)
@@ -276,11 +321,12 @@ def test_divergence_by_hand_and_its_gradient():
 
 
 def test_the_objective_holds_both_terms_once_and_no_reported_loss_does(home):
-    """By hand, over the micro-steps of the first step; the old model is the one before the expansion."""
+    """By hand, over the micro-steps of one step; the teacher is the run before the expansion."""
     lam, T, l2 = 0.7, 2.0, 0.3
     settings = {"lifelong.distill": lam, "lifelong.distill_temperature": T, "lifelong.l2": l2,
                 "train.grad_accum": 2}
-    plain, held = trainer_of(home, "grown", **{"train.grad_accum": 2}), trainer_of(home, "grown", **settings)
+    plain = trainer_of(home, "grown", **{"train.grad_accum": 2})
+    held = trainer_of(home, "grown", **settings)
     with torch.no_grad():
         held.model.embedding.weight += 0.01
         plain.model.embedding.weight += 0.01
@@ -305,22 +351,24 @@ def test_l2_pulls_old_weights_and_leaves_new_experts_alone(home):
     trainer.past.loss(None, None, None).backward()
     for name, p in trainer.model.named_parameters():
         n = len(old[name])
-        torch.testing.assert_close(p.grad[:n], p.detach()[:n] - old[name])          # 2 * 0.5 * difference
+        torch.testing.assert_close(p.grad[:n], p.detach()[:n] - old[name])    # 2 * 0.5 * difference
         assert p.grad[n:].eq(0).all()
 
 
-def test_the_old_model_is_found_and_must_fit(home, tmp_path, capsys):
+def test_the_teacher_is_found_and_must_fit(home, tmp_path, capsys):
     def folder_of(**settings):
         keys = {k.replace("__", "."): v for k, v in settings.items()}
-        return retain.previous_run(load_config(None, [(k, str(v)) for k, v in keys.items()]))
+        return retain.teacher_folder(load_config(None, [(k, str(v)) for k, v in keys.items()]))
 
     assert folder_of(train__init_from=home / "grown") == home / "old"
     assert folder_of(train__init_from=home / "old") == home / "old"
-    assert folder_of(train__init_from=home / "grown", lifelong__teacher=home / "dense") == home / "dense"
+    named = folder_of(train__init_from=home / "grown", lifelong__teacher=home / "dense")
+    assert named == home / "dense"
     origin = {"train.init_from": home / "grown", "train.max_steps": 1}
     distil = origin | {"lifelong.distill": 1}
-    run(home, tmp_path / "a", status=1, **origin | {"lifelong.l2": 1, "lifelong.teacher": home / "dense"})
-    assert "the old model has none" in capsys.readouterr().err
+    other = {"lifelong.l2": 1, "lifelong.teacher": home / "dense"}
+    run(home, tmp_path / "a", status=1, **origin | other)
+    assert "the teacher has none" in capsys.readouterr().err
     run(home, tmp_path / "b", status=1, **distil | {"lifelong.teacher": tmp_path / "gone"})
     assert "gone: no run is there" in capsys.readouterr().err
     run(home, tmp_path / "small", **TINY | {"model.block_size": 8, "train.max_steps": 1})
@@ -338,7 +386,7 @@ def test_settings_that_have_nothing_to_hold_to_are_refused(settings, wanted):
         load_config(None, [(k, str(v)) for k, v in settings.items()])
 
 
-def test_distillation_of_a_model_that_computes_its_loss_in_slices_is_refused(home, tmp_path, capsys):
+def test_distillation_of_a_model_whose_loss_comes_in_slices_is_refused(home, tmp_path, capsys):
     sliced = {"model.loss_chunks": 2, "lifelong.distill": 1}
     run(home, tmp_path / "run", status=2, **sliced | {"train.init_from": home / "old"})
     assert "model.loss_chunks = 2" in capsys.readouterr().err
@@ -369,7 +417,7 @@ def test_adapters_start_as_the_model_learn_alone_and_fold_away(origin, home, tmp
     x = batch_of(T=16)[0]
     assert torch.equal(trainer.model.eval()(x).logits, old(x).logits)
     learning = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
-    layers = 4 if origin == "dense" else 2                  # qkv and out, w_in and w_out of a dense layer
+    layers = 4 if origin == "dense" else 2          # qkv and out, w_in and w_out of a dense layer
     assert learning == set(retain.adapters(trainer.model)) and len(learning) == 2 * 2 * layers
     for _ in range(3):
         trainer.step()
@@ -381,9 +429,11 @@ def test_adapters_start_as_the_model_learn_alone_and_fold_away(origin, home, tmp
     moved = {n for n in before if not torch.equal(folded[n], before[n])}
     assert moved == {n.replace(".lora_a", ".weight") for n in learning if n.endswith("a")}
     name = "blocks.1.attention.out"
-    by_hand = trained[f"{name}.weight"] + 2.0 * trained[f"{name}.lora_b"] @ trained[f"{name}.lora_a"]
+    product = trained[f"{name}.lora_b"] @ trained[f"{name}.lora_a"]
+    by_hand = trained[f"{name}.weight"] + 2.0 * product
     torch.testing.assert_close(folded[f"{name}.weight"], by_hand)
-    torch.testing.assert_close(plain(x).logits, trainer.model.eval()(x).logits, rtol=1e-4, atol=1e-5)
+    adapted = trainer.model.eval()(x).logits
+    torch.testing.assert_close(plain(x).logits, adapted, rtol=1e-4, atol=1e-5)
     assert plain.num_params() == old.num_params() == trainer.model.num_params()
     assert trainer.model.flops_per_token() == old.flops_per_token()
     assert isinstance(sample_text(plain, tokenizer, tokens=3), str)
@@ -405,7 +455,8 @@ def test_a_run_with_adapters_is_a_plain_model_for_the_next_one(home, tmp_path):
 
 HOLDING = {"distill": ("grown", {"lifelong.distill": 1, "lifelong.distill_temperature": 2}),
            "l2": ("grown", {"lifelong.l2": 0.1}), "frozen": ("grown", {}), "lora": ("dense", LORA),
-           "all": ("grown", {"lifelong.distill": 1, "lifelong.l2": 0.1, "lifelong.freeze": "emb*,*norm*"})}
+           "all": ("grown", {"lifelong.distill": 1, "lifelong.l2": 0.1,
+                             "lifelong.freeze": "emb*,*norm*"})}
 
 
 @pytest.mark.parametrize("kind", HOLDING)
@@ -421,12 +472,13 @@ def test_resume_is_exact(kind, home, tmp_path):
     seen = [[(r["step"], r["loss"], r["val_loss"], r["aux_loss"]) for r in rows(tmp_path / out)]
             for out in ("whole", "halves")]
     assert seen[0] == seen[1] and len(seen[0]) == 5
+    ends = [checkpoint.load(tmp_path / out / checkpoint.LAST) for out in ("whole", "halves")]
     for part in ("model", "optimizer"):
-        a, b = (getattr(checkpoint.load(tmp_path / out / checkpoint.LAST), part) for out in ("whole", "halves"))
+        a, b = (getattr(end, part) for end in ends)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_resume_without_the_old_model_says_what_is_missing_and_takes_another_place(home, tmp_path, capsys):
+def test_resume_without_the_teacher_says_so_and_takes_another_folder(home, tmp_path, capsys):
     lifelong.expand(home / "old", 1, tmp_path / "grown", say=lambda text: None)
     go_on(home, tmp_path / "run", tmp_path / "grown", **{"lifelong.distill": 1})
     for name in (checkpoint.BEST, checkpoint.LAST):
@@ -434,5 +486,6 @@ def test_resume_without_the_old_model_says_what_is_missing_and_takes_another_pla
     again = ["--out", str(tmp_path / "run"), "--resume", "--quiet", "--train.max_steps", "5"]
     assert train.main(again) == 1
     error = capsys.readouterr().err
-    assert "grown: no run is there" in error and "--lifelong.teacher" in error and error.count("error:") == 1
+    assert "grown: no run is there" in error and "--lifelong.teacher" in error
+    assert error.count("error:") == 1
     assert train.main([*again, "--lifelong.teacher", str(home / "old")]) == 0

@@ -14,8 +14,9 @@ import torch
 import train
 from data.prepare import prepare
 from model import GPT, load_config, load_model
+from data.prepare import prepared
 from runtime import checkpoint, report
-from runtime.device import resolve_compile
+from runtime.device import compile_forward, resolve_compile
 from sample import sample_text
 from settings import ConfigError
 
@@ -392,9 +393,9 @@ def test_a_failed_compile_is_one_warning_in_auto_and_an_error_in_on(corpora, tmp
         config = load_config(None, [(k, str(v)) for k, v in TINY.items()] + [
             ("data.name", "one"), ("data.dir", str(corpora / "prepared")), ("model.vocab_size", "256"),
             ("train.compile", mode)])
-        folders, tokenizer = train.prepared(config.data)
+        folders, tokenizer = prepared(config.data)
         trainer = train.Trainer(config, folders, tokenizer, torch.device("cpu"))
-        trainer.compile(said.append)
+        compile_forward(trainer, said.append)
         if mode == "auto":
             assert math.isfinite(trainer.step()["loss"]) and math.isfinite(trainer.step()["loss"])
             assert len(said) == 1 and "no compiler here" in said[0]

@@ -18,10 +18,10 @@ import re
 
 from data.corpora.corpus import Corpus, split_of
 
-NAMES = ("Ada Ben Chen Dina Emil Fay Goran Hana Ivan Jun Kofi Lena Mia Nils Olga Paul Rosa Sam Tara Uma Vera "
-         "Wim Yara Zoe").split()
-THINGS = ("apples books coins eggs flowers keys lamps marbles nuts pears pens plums shells stamps stones "
-          "tickets").split()
+NAMES = ("Ada Ben Chen Dina Emil Fay Goran Hana Ivan Jun Kofi Lena Mia Nils Olga Paul Rosa Sam "
+         "Tara Uma Vera Wim Yara Zoe").split()
+THINGS = ("apples books coins eggs flowers keys lamps marbles nuts pears pens plums shells stamps "
+          "stones tickets").split()
 BOXES = "bags boxes crates jars packs rows".split()
 PLACES = "bakery farm garage library market museum office school station".split()
 
@@ -77,16 +77,16 @@ def shopping(rng):
     spent = n * p + m * q
     purse = (spent // 50 + rng.randint(1, 2)) * 50
     steps = [say(n, "*", p), say(m, "*", q), say(n * p, "+", m * q), say(purse, "-", spent)]
-    return (f"{name} buys {n} {first} at ${p} each and {m} {second} at ${q} each, and pays with ${purse}. "
-            f"How many dollars does {name} get back?"), steps
+    return (f"{name} buys {n} {first} at ${p} each and {m} {second} at ${q} each, and pays with "
+            f"${purse}. How many dollars does {name} get back?"), steps
 
 
 def travelling(rng):
     name, place = rng.choice(NAMES), rng.choice(PLACES)
     speed, hours, rest = rng.randint(3, 120), rng.randint(2, 9), number(rng, 2)
     steps = [say(speed, "*", hours), say(speed * hours, "+", rest)]
-    return (f"{name} drives {hours} hours at {speed} km per hour and then {rest} km more to the {place}. "
-            "How many km is that in all?"), steps
+    return (f"{name} drives {hours} hours at {speed} km per hour and then {rest} km more to the "
+            f"{place}. How many km is that in all?"), steps
 
 
 def ages(rng):
@@ -114,12 +114,14 @@ def fencing(rng):
     yard = f"The yard of the {rng.choice(PLACES)} is {length} m long and {width} m wide."
     if rng.random() < 0.5:
         return f"{yard} What is its area?", [say(length, "*", width)]
-    return f"{yard} How long is the fence around it?", [say(length, "+", width), say(length + width, "*", 2)]
+    steps = [say(length, "+", width), say(length + width, "*", 2)]
+    return f"{yard} How long is the fence around it?", steps
 
 
 def adding(rng):
     """Two to four terms, taken from the left."""
-    total, terms = number(rng, 4), [(rng.choice("+-"), number(rng, 4)) for _ in range(rng.randint(1, 3))]
+    total = number(rng, 4)
+    terms = [(rng.choice("+-"), number(rng, 4)) for _ in range(rng.randint(1, 3))]
     question, steps = f"What is {total}", []
     for sign, term in terms:
         question += f" {sign} {term}"
@@ -132,7 +134,9 @@ def multiplying(rng):
     """By tens and ones, as on paper: 47 * 36 = 47 * 30 + 47 * 6."""
     a, b = rng.randint(2, 999), rng.randint(11, 99)
     tens, ones = b - b % 10, b % 10
-    steps = [say(a, "*", tens), say(a, "*", ones), say(a * tens, "+", a * ones)] if ones else [say(a, "*", b)]
+    steps = [say(a, "*", b)]
+    if ones:
+        steps = [say(a, "*", tens), say(a, "*", ones), say(a * tens, "+", a * ones)]
     return f"What is {a} * {b}?", steps
 
 
@@ -144,7 +148,8 @@ def dividing(rng):
 
 
 def solving(rng):
-    letter, factor, root, add = rng.choice("abknxyz"), rng.randint(2, 20), rng.randint(1, 99), number(rng, 3)
+    letter, factor = rng.choice("abknxyz"), rng.randint(2, 20)
+    root, add = rng.randint(1, 99), number(rng, 3)
     steps = [say(factor * root + add, "-", add), say(factor * root, "/", factor)]
     return f"Solve {factor} * {letter} + {add} = {factor * root + add}. What is {letter}?", steps
 
@@ -201,5 +206,6 @@ def documents(split):
         yield as_text(*problem)
 
 
-def corpus():
-    return Corpus("math", documents, "generated, seeds 0 and 1", 4_000_000, "problems", generated=True)
+def corpus(name="math"):
+    about = "generated, seeds 0 and 1"
+    return Corpus("math", documents, about, 4_000_000, "problems", generated=True)

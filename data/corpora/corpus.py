@@ -15,13 +15,13 @@ class Corpus:
     """
     name: str
     documents: Callable[[str], Iterator]    # "train" or "val" -> texts; generated corpora never end
-    source: str                             # what it is made from; another value here means: prepare it again
-    size: int                               # bytes of training text, roughly; how many to make if generated
-    unit: str = ""                          # what one text is (files, problems ...), if it is anything
+    source: str                     # what it is made from; another value: prepare it again
+    size: int                       # bytes of training text, roughly; of a generated corpus to make
+    unit: str = ""                  # what one text is (files, problems ...), if it is anything
     generated: bool = False
-    tokenizer: object = None                # a source of symbols: the Tokenizer whose ids it yields
-    floor: Callable[[], float] | None = None    # nats per token that no model gets below, where that is known
-    path: Path | None = None                # the user's file or folder, if it was made from one
+    tokenizer: object = None        # a source of symbols: the Tokenizer whose ids it yields
+    floor: Callable[[], float] | None = None    # nats per token of the best model, where known
+    path: Path | None = None        # the user's file or folder, if it was made from one
 
 
 def short_hash(*values, digits=12):
@@ -31,7 +31,8 @@ def short_hash(*values, digits=12):
 
 def split_of(name, share=0.1):
     """Whether a file is "train" or "val", by its name alone: the same on every machine."""
-    draw = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4], "big") / 2**32
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    draw = int.from_bytes(digest[:4], "big") / 2**32            # even in 0 .. 1
     return "val" if draw < share else "train"
 
 

@@ -65,7 +65,7 @@ class Named:
     """A corpus with a public address. `files` has the keys "train" and "val", or "all"."""
     about: str
     files: dict[str, str]               # address of each file
-    patterns: dict[str, str]            # the names that a local copy of each may have, as regular expressions
+    patterns: dict[str, str]            # regular expressions: names that a local copy may have
     size: int                           # bytes of training text, roughly
     sha256: dict[str, str]              # of the files, where it is known
     parse: Callable = parse_plain
@@ -84,22 +84,27 @@ NAMED = {
          "val": f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl"},
         {"train": r"(gsm8k.*)?train\.jsonl", "val": r"(gsm8k.*)?test\.jsonl"}, 3_900_000,
         {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-         "val": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}, parse_gsm8k, "problems"),
+         "val": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"},
+        parse_gsm8k, "problems"),
     "wikitext2": Named(
         "WikiText-2, 12 MB: good Wikipedia articles, tokenised, rare words as <unk>",
         {"train": f"{GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2/train.txt",
          "val": f"{GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2/valid.txt"},
-        {"train": r"(wiki.*)?train\.(txt|tokens|raw)", "val": r"(wiki.*)?valid.*\.(txt|tokens|raw)"},
+        {"train": r"(wiki.*)?train\.(txt|tokens|raw)",
+         "val": r"(wiki.*)?valid.*\.(txt|tokens|raw)"},
         10_800_000, {}),
     "tinystories": Named(
-        "TinyStories V2, 2.2 GB: short stories in a small child's words, written by GPT-4; try --max_tokens",
+        "TinyStories V2, 2.2 GB: short stories in a small child's words, written by GPT-4; try "
+        "--max_tokens",
         {"train": f"{HUGGINGFACE}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
          "val": f"{HUGGINGFACE}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt"},
         {"train": r"tinystories.*train\.txt", "val": r"tinystories.*valid\.txt"}, 2_200_000_000, {},
         parse_tinystories, "stories"),
     "enwik8": Named(
-        "enwik8, 100 MB: the first hundred million bytes of an English Wikipedia of 2006, markup included",
-        {"all": "http://mattmahoney.net/dc/enwik8.zip"}, {"all": r"enwik8(\.zip|\.txt)?"}, 90_000_000, {}),
+        "enwik8, 100 MB: the first hundred million bytes of an English Wikipedia of 2006, markup "
+        "included",
+        {"all": "http://mattmahoney.net/dc/enwik8.zip"}, {"all": r"enwik8(\.zip|\.txt)?"},
+        90_000_000, {}),
 }
 
 
@@ -115,15 +120,17 @@ def fetch(url, path, sha256=None, quiet=False, timeout=30):
         path.parent.mkdir(parents=True, exist_ok=True)
         wanted = receive(url, part, quiet, timeout)
     except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        raise DataError(f"could not download {url} ({getattr(error, 'reason', error)}); {hand}") from error
+        reason = getattr(error, "reason", error)
+        raise DataError(f"could not download {url} ({reason}); {hand}") from error
     except OSError as error:
         raise DataError(explain(error, path)) from error
     if wanted is not None and part.stat().st_size != wanted:
-        raise DataError(f"the download of {url} broke off at {part.stat().st_size} of {wanted} bytes: "
-                        f"run the same command again to continue, or {hand}")
+        raise DataError(f"the download of {url} broke off at {part.stat().st_size} of {wanted} "
+                        f"bytes: run the same command again to continue, or {hand}")
     if sha256 and file_sha256(part) != sha256:
         part.unlink()
-        raise DataError(f"what came from {url} is not the file expected (its checksum differs); {hand}")
+        raise DataError(f"what came from {url} is not the file expected (its checksum differs); "
+                        f"{hand}")
     part.replace(path)
 
 
@@ -133,9 +140,10 @@ def receive(url, part, quiet, timeout):
     have = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}           # a server may ignore it
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+        request = urllib.request.Request(url, headers=headers)
+        answer = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:       # 416: nothing lies beyond `have`: the part is of another file
+        if error.code != 416 or not have:       # 416: the file ends before, `part` is of another
             raise
         part.unlink()
         return receive(url, part, quiet, timeout)
@@ -165,12 +173,14 @@ def local_files(named, path):
     names."""
     if path.is_file():
         return {"all": path}
-    inside = [file for _, file in list_files(path) if file.is_file() and not file.name.endswith(".part")]
+    inside = [file for _, file in list_files(path)
+              if file.is_file() and not file.name.endswith(".part")]
     found = {}
     for key, pattern in named.patterns.items():
         matches = [file for file in inside if re.fullmatch(pattern, file.name, re.IGNORECASE)]
         if len(matches) > 1:
-            raise DataError(f"{path}: {matches[0].name} or {matches[1].name}? give the one that is meant")
+            raise DataError(f"{path}: {matches[0].name} or {matches[1].name}? give the one that is "
+                            "meant")
         if matches:
             found[key] = matches[0]
     if not found:

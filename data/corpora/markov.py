@@ -49,7 +49,8 @@ class MarkovSource:
     def _draw(self, rng, size):
         """Symbols from the unigram distribution, by its inverse."""
         ids = np.searchsorted(np.cumsum(self.unigram), rng.random(size), side="right")
-        return np.minimum(ids, self.vocab_size - 1).astype(np.uint16)       # the sum may end just below 1
+        # the cumulated sum may end just below 1
+        return np.minimum(ids, self.vocab_size - 1).astype(np.uint16)
 
     def context(self, a, b):
         """The table's row for two symbols, elementwise: a multiplicative hash, its well mixed upper
@@ -75,7 +76,8 @@ class MarkovSource:
         rests."""
         size = self.vocab_size
         a, b = np.divmod(np.arange(size * size), size)
-        follows = b * size + self.table[self.context(a, b)]     # the pair that (a, b) becomes under the table
+        # the pair that follows (a, b) when the table decides
+        follows = b * size + self.table[self.context(a, b)]
         pairs, change = np.outer(self.unigram, self.unigram).ravel(), 1.0
         while change > tolerance:
             fresh = np.outer(pairs.reshape(size, size).sum(0), self.unigram).ravel()
@@ -97,7 +99,8 @@ class MarkovSource:
         """
         size = self.vocab_size
         a, b = np.divmod(np.arange(size * size), size)
-        met = np.bincount(self.table[self.context(a, b)], self.stationary().ravel(), size)     # (V,)
+        entries = self.table[self.context(a, b)]                                    # (V^2,)
+        met = np.bincount(entries, self.stationary().ravel(), size)                 # (V,)
         other = (1 - self.p) * self.unigram
         peak = other + self.p
         entropy = -(other * np.log(other)).sum() + other * np.log(other) - peak * np.log(peak)
@@ -139,7 +142,8 @@ def documents(source, split):
 def corpus(name):
     source = source_of(name)
     if source is None:
-        raise DataError(f"{name}: is none of markov, markov-0, markov-1, ..., nor of those with markov1024")
+        raise DataError(f"{name}: is none of markov, markov-0, markov-1, ..., nor of those with "
+                        "markov1024")
     about = f"generated, p {source.p}, {source.n_context} contexts"
     return Corpus(name, lambda split: documents(source, split), about, 8_000_000, generated=True,
                   tokenizer=tokenizer_of(name), floor=source.entropy_floor)

@@ -6,15 +6,19 @@ from pathlib import Path
 from data.corpora import arithmetic, downloads, markov, stdlib, textfiles
 from data.binfile import DataError
 
+# A line in each of these two is a corpus known by name: what it is, and the function(name) that makes it.
 NAMES = {
     "python": "source of Python's standard library without tests and docstrings, 8 MB",
     "docs": "its docstrings, and the language reference behind help(), 2.4 MB",
     "math": "generated word problems and arithmetic with worked answers, 4 MB or --max_tokens",
     "markov": "hashed order-2 Markov source of known entropy, 8M tokens or --max_tokens",
     "markov-0": "a domain of it, as are markov-1, markov-2, ...: half of the table shared",
-    "markov1024": "the same with 1024 symbols and 2^18 contexts, for a GPU; domains markov1024-0, ...",
+    "markov1024": "the same, 1024 symbols and 2^18 contexts, for a GPU; domains markov1024-0, ...",
     **{name: named.about for name, named in downloads.NAMED.items()},
 }
+
+
+MADE = {"python": stdlib.corpus, "docs": stdlib.corpus, "math": arithmetic.corpus}
 
 
 def is_known(name):
@@ -47,16 +51,14 @@ def resolve(name, source=None, raw=Path("raw"), quiet=False, called=""):
     """
     if name in downloads.NAMED:
         return downloads.corpus(name, source, raw, quiet)
-    if name == "math":
-        return arithmetic.corpus()
-    if name in ("python", "docs"):
-        return stdlib.corpus(name)
+    if name in MADE:
+        return MADE[name](name)
     if is_known(name):
         return markov.corpus(name)
     path = name if Path(name).exists() else source
     if path is not None and Path(path).exists():
         return textfiles.corpus(called or stem_of(Path(path)), path)
     near = difflib.get_close_matches(name, NAMES, 3, 0.5)
-    raise DataError(f"{name}: is neither a prepared corpus, nor a file or folder, nor a known corpus"
-                    + (f" (nearest: {', '.join(near)})" if near else f" ({', '.join(NAMES)})")
-                    + "; `python data/prepare.py --help` lists them")
+    raise DataError(f"{name}: is neither a prepared corpus, nor a file or folder, nor a known "
+                    f"corpus ({'nearest: ' if near else ''}{', '.join(near or NAMES)})"
+                    "; `python data/prepare.py --help` lists them")

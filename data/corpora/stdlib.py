@@ -22,8 +22,8 @@ from data.corpora.corpus import Corpus, split_of, titled, walk
 # Left out are the tests; pydoc_data, which is prose written as code and belongs to `docs` alone;
 # and encodings, which are mostly generated tables of code pages: they are near copies of one
 # another, so a model would know a held-out table by heart.
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data",
-           "encodings"}
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
+           "pydoc_data", "encodings"}
 SCOPES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -83,8 +83,10 @@ def without_docstrings(text, tree):
         else:
             # it is the whole body, or shares a line: it becomes `pass`, unless only a comment
             # follows
-            optional = len(scope.body) > 1 and not before.strip() and after.lstrip().startswith(b"#")
-            keep = b"" if optional or len(scope.body) == 1 and isinstance(scope, ast.Module) else b"pass"
+            whole = len(scope.body) == 1
+            comment = not before.strip() and after.lstrip().startswith(b"#")
+            optional = isinstance(scope, ast.Module) if whole else comment
+            keep = b"" if optional else b"pass"
             lines[first:last + 1] = [before + keep + after]
     return b"\n".join(lines).decode()
 
@@ -117,7 +119,10 @@ def corpus(name):
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "ast.py").exists():
         raise DataError(f"{root}: this Python came without the source of its standard library; "
-                        "use another installation, or a corpus of text files: python data/prepare.py FOLDER")
-    documents, size = {"python": (python_documents, 7_900_000), "docs": (docs_documents, 2_400_000)}[name]
+                        "use another installation, or a corpus of text files: python "
+                        "data/prepare.py FOLDER")
+    documents, size = python_documents, 7_900_000
+    if name == "docs":
+        documents, size = docs_documents, 2_400_000
     version = f"Python {platform.python_version()}"
     return Corpus(name, lambda split: documents(split, root), version, size, "files")

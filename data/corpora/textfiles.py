@@ -19,7 +19,7 @@ from data.corpora.corpus import Corpus, short_hash, split_of, titled, walk
 
 BLOCK = 1 << 20                                 # bytes read at a time
 MOST_FILES, MOST_BYTES = 200_000, 100e9         # of a folder; more is a mistake, such as `..`
-UNDECODED = re.compile("[\udc80-\udcff]")       # what surrogateescape makes of a byte that is no UTF-8
+UNDECODED = re.compile("[\udc80-\udcff]")       # from surrogateescape: a byte that is no UTF-8
 
 
 def open_raw(path):
@@ -31,7 +31,8 @@ def open_raw(path):
     file.close()
     archive = zipfile.ZipFile(path)
     if len(archive.namelist()) != 1:
-        raise DataError(f"{path}: is an archive of {len(archive.namelist())} files; unpack it first")
+        count = len(archive.namelist())
+        raise DataError(f"{path}: is an archive of {count} files; unpack it first")
     return archive.open(archive.namelist()[0])
 
 
@@ -46,17 +47,20 @@ def decode_blocks(path):
             while raw:
                 raw = file.read(BLOCK)
                 if size == 0 and b"\0" in raw[:8192]:
-                    raise DataError(f"{path}: holds zero bytes, so it is no UTF-8 text; convert it first")
+                    raise DataError(f"{path}: holds zero bytes, so it is no UTF-8 text; convert it "
+                                    "first")
                 # the decoder keeps the first bytes of a character that ends in the next block
                 text, here = UNDECODED.subn("\ufffd", decoder.decode(raw, final=not raw))
                 size, bad = size + len(raw), bad + here
                 if 100 * bad > max(size, 100):
-                    raise DataError(f"{path}: {bad} of the first {size} bytes are not UTF-8; convert it, "
-                                    f"for example: iconv -f latin1 -t utf-8 {path} > utf8.txt")
+                    raise DataError(f"{path}: {bad} of the first {size} bytes are not UTF-8; "
+                                    "convert it, for example: "
+                                    f"iconv -f latin1 -t utf-8 {path} > utf8.txt")
                 yield text, here
     except OSError as error:
         raise DataError(explain(error, path, done="read", remedy="check the file")) from error
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:   # RuntimeError: a password
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+        # a RuntimeError: it has a password
         raise DataError(f"{path}: is an archive that cannot be unpacked: {error}") from error
 
 
@@ -114,8 +118,9 @@ def list_files(folder):
             size += sum(path.lstat().st_size for path in paths)
             # stop at once: a parent of everything takes hours to walk
             if len(found) > MOST_FILES or size > MOST_BYTES:
-                raise DataError(f"{folder}: holds more than {MOST_FILES:,} files or {MOST_BYTES / 1e9:.0f} GB; "
-                                "give the folder of your texts alone, or one large file by its own path")
+                raise DataError(f"{folder}: holds more than {MOST_FILES:,} files or "
+                                f"{MOST_BYTES / 1e9:.0f} GB; give the folder of your texts alone, "
+                                "or one large file by its own path")
     return sorted((path.relative_to(folder).as_posix(), path) for path in found)
 
 
@@ -138,13 +143,16 @@ def split_folder(folder, state):
     texts = [(name, path) for name, path in files if is_text(path)]
     skipped = sorted({name for name, _ in files} - {name for name, _ in texts})
     if skipped:
-        note(f"{folder}: skipped {len(skipped)} of {len(files)} files that are empty or no text in UTF-8: "
-             + ", ".join(skipped[:3]) + (", ..." if skipped[3:] else ""))
+        note(f"{folder}: skipped {len(skipped)} of {len(files)} files that are empty or no text in "
+             f"UTF-8: {', '.join(skipped[:3])}{', ...' if skipped[3:] else ''}")
     if len(texts) < 2:
-        raise DataError(f"{folder}: holds {len(texts)} text file(s); a folder is split into training and "
-                        "validation by files, so it needs two (a single file is given by its own path)")
+        raise DataError(f"{folder}: holds {len(texts)} text file(s); a folder is split into "
+                        "training and validation by files, so it needs two (a single file is given by "
+                        "its own path)")
     # a side that the hash leaves empty gets the first file of the other side
-    sides = {split: [item for item in texts if split_of(item[0]) == split] for split in ("train", "val")}
+    sides = {"train": [], "val": []}
+    for name, path in texts:
+        sides[split_of(name)].append((name, path))
     for empty, other in (("train", "val"), ("val", "train")):
         if not sides[empty]:
             sides[empty] = [sides[other].pop(0)]
@@ -169,9 +177,12 @@ def corpus(name, path):
     Raises DataError for a pipe, a socket or a device."""
     path = Path(path).resolve()
     if not path.is_file() and not path.is_dir():
-        raise DataError(f"{path}: is a pipe, a socket or a device; save the text as a file and give that")
+        raise DataError(f"{path}: is a pipe, a socket or a device; save the text as a file and "
+                        "give that")
+    source = identity(path)
     if path.is_file():
-        size = path.stat().st_size
-        return Corpus(name, lambda split: file_documents(path, split), identity(path), size, path=path)
+        texts = lambda split: file_documents(path, split)
+        return Corpus(name, texts, source, path.stat().st_size, path=path)
+    texts = lambda split: folder_documents(path, split)
     size = sum(file.lstat().st_size for _, file in list_files(path))
-    return Corpus(name, lambda split: folder_documents(path, split), identity(path), size, "files", path=path)
+    return Corpus(name, texts, source, size, "files", path=path)

@@ -45,7 +45,7 @@ CLARK_REFIT = {"s_base": Clark(-.0830, -.1180, .0099, 1.1136, 2.08, 239),
 # c move it by factors, and it belongs to the fixed budget of tokens: with more tokens it moves up.
 CLARK_CUTOFF = {"s_base": 937e9, "rl_r": 85e9, "hash": 83e9}
 # ffn.router -> the paper's router
-CLARK_NAMES = {"sinkhorn": "s_base", "rl": "rl_r", "hash": "hash"}
+CLARK_NAMES = dict(sinkhorn="s_base", rl="rl_r", hash="hash")
 
 # By expansion rate E, N_MoE / N_ff; E = 1 is the dense model, which has no granularity.
 KRAJEWSKI = {64: Krajewski(18.1, .115, 30.8, .147, 2.1, .58, .47),

@@ -3,8 +3,8 @@
 An arm and a seed are one command and one run folder. Without `from` it is trained from scratch;
 with `from` it is trained on from its first parent (train.init_from), which gives [model] and [ffn];
 with `make` it is built from its parents by a program, and only evaluated. A grid makes one arm for
-each combination of its values. Settings are taken in this order: config file, [common], [SIZE],
-arm, arm's SIZE, grid.
+each combination of its values. `seeds` is how many an arm has, where that is not the file's number.
+Settings are taken in this order: config file, [common], [SIZE], arm, arm's SIZE, grid.
 """
 import hashlib
 import itertools
@@ -108,11 +108,12 @@ class Draft(NamedTuple):
     parents: list                       # names
 
 
-def expand(spec, path, size, seeds, runs="runs"):
-    """The arms of one size, seed after seed, parents before children.
+def expand(spec, path, size, seeds=None, runs="runs"):
+    """The arms of one size, seed after seed, parents before children. seeds: those of every arm;
+    None: as many as an arm asks for, or the file.
 
-    Raises ConfigError: settings that do not exist or do not fit, a parent that does not exist, a
-    cycle.
+    Raises ConfigError: settings that do not exist or do not fit, a parent that does not exist or
+    has fewer seeds, a cycle.
     """
     # What the file says of each arm, the seeds apart.
     drafts = {}
@@ -126,7 +127,16 @@ def expand(spec, path, size, seeds, runs="runs"):
     ordered = in_order({name: draft.parents for name, draft in drafts.items()}, path)
     # An arm for each seed.
     folder, arms = Path(runs) / spec.get("runs", Path(path).stem) / size, {}
-    for seed, name in itertools.product(seeds, ordered):
+    wanted = {name: seeds or range(draft.words.get("seeds", spec.get("seeds", 3)))
+              for name, draft in drafts.items()}
+    every = sorted({seed for own in wanted.values() for seed in own})
+    for seed, name in itertools.product(every, ordered):
+        if seed not in wanted[name]:
+            continue
+        for parent in drafts[name].parents:
+            if (parent, seed) not in arms:
+                raise ConfigError(f"{path}: arm {name} has a seed {seed} and comes from {parent}, "
+                                  f"which has {len(wanted[parent])}; give it as many `seeds`")
         parents = [arms[parent, seed] for parent in drafts[name].parents]
         arms[name, seed] = build_arm(spec, path, size,
                                      Arm(name, seed, folder / f"{name}-{seed}", parents),

@@ -8,6 +8,7 @@ corpus goes to which expert. The corpora are read with the run's own tokenizer; 
 those it was trained on. The row goes to FILE (default: RUN_DIR/evaluation.json).
 """
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -22,7 +23,7 @@ from data.prepare import prepared
 from lab.drawing.logs import read_columns
 from lab.papers.probes import PROBES
 from lab.timing.measure import device_name
-from model import load_model, sparse_layers
+from model import KINDS, load_model
 from runtime import checkpoint
 from runtime.config import Ending, Parser, nearest, parse
 from runtime.device import precision, resolve_device, resolve_dtype
@@ -47,7 +48,7 @@ def evaluate(folder, corpora=(), probes=()):
     dtype, _ = resolve_dtype(config.train.dtype, device)
     batches = validation(config, corpora, names, tokenizer)
     # One pass over the validation batches gives losses and loads.
-    sums, loads = one_pass(model, batches, corpora, sparse_layers(config), device, dtype)
+    sums, loads = one_pass(model, batches, corpora, device, dtype)
     # Everything that a row of runs.csv says of a model.
     params = model.num_params()
     row = losses(sums, corpora) | dict(
@@ -78,9 +79,9 @@ def validation(config, corpora, names, tokenizer):
         raise DataError(f"{', '.join(corpora)}: prepared with another tokenizer ({theirs.name}) "
                         f"than the run was trained with ({tokenizer.name}); prepare it with that "
                         "one")
-    # A router that goes by the corpus knows those of the training alone.
+    # A layer that goes by the corpus, and so refuses a run of none, knows those of the training.
     strangers = [name for name in corpora if name not in names]
-    if config.ffn.router == "domain" and strangers:
+    if strangers and goes_by_corpus(config):
         raise DataError(f"{strangers[0]}: is none of the corpora of this run ({', '.join(names)}), "
                         "so its router has no expert for it")
     place = [names.index(name) if name in names else 0 for name in corpora]
@@ -90,13 +91,19 @@ def validation(config, corpora, names, tokenizer):
             for x, y, domain, n_bytes in batches]
 
 
+def goes_by_corpus(config):
+    """Whether a layer of this Config needs to know which corpus a sequence is from."""
+    without = dataclasses.replace(config, data=dataclasses.replace(config.data, name=""))
+    checks = KINDS[config.ffn.kind].checks(without)
+    return any(wrong and key == "data.name" for wrong, key, _ in checks)
+
+
 @torch.no_grad()
-def one_pass(model, batches, corpora, sparse, device, dtype):
+def one_pass(model, batches, corpora, device, dtype):
     """({corpus: [nats, tokens, bytes], "layers": means over the sparse layers}, {layer: {corpus:
     (E,)}})."""
     sums = {name: [0.0, 0, 0] for name in corpora}
-    loads = {i: {} for i in sparse}
-    layers = dict(dropped=0.0, entropy=0.0)
+    loads, layers = {i: {} for i in model.sparse}, {}
     for x, y, domain, n_bytes, corpus in batches:
         with precision(device, dtype):
             out = model(x.to(device), y.to(device), domain=domain.to(device))
@@ -105,12 +112,15 @@ def one_pass(model, batches, corpora, sparse, device, dtype):
         total[0] += out.loss.item() * y.numel()
         total[1] += y.numel()
         total[2] += n_bytes
-        for i in sparse:
+        for i in model.sparse:
             loads[i][corpus] = loads[i].get(corpus, 0) + out.stats[i].load.double().cpu()
-            for name in layers:
-                layers[name] += getattr(out.stats[i], name).item() * y.numel() / len(sparse)
+            # None: this kind of layer does not have the number
+            for name in ("dropped", "entropy"):
+                if (value := getattr(out.stats[i], name)) is not None:
+                    share = value.item() * y.numel() / len(model.sparse)
+                    layers[name] = layers.get(name, 0.0) + share
     tokens = sum(total[1] for total in sums.values())
-    sums["layers"] = {name: value / tokens for name, value in layers.items()} if sparse else {}
+    sums["layers"] = {name: value / tokens for name, value in layers.items()}
     return sums, loads
 
 

@@ -15,31 +15,20 @@ import torch.nn.functional as F
 from data.corpora.arithmetic import as_text, final_answer, problems, prompt
 from data.prepare import prepared
 from grow.hidden_units import hidden_units
-from model import sparse_layers
 from routers import top_expert
 from runtime.device import precision
 from sample import generate
 
 
-def _routings(model, batches, config, device, dtype):
-    """Runs the batches; yields (layer number, x (B, T), Routing) of every sparse layer, batch after
-    batch."""
-    # A hook on every router notes what it returns; the batch's routings are yielded once it is
-    # through.
-    sparse, caught = sparse_layers(config), []
-    routers = [model.blocks[i].ffn.router for i in sparse]
-    hooks = [router.register_forward_hook(lambda *call: caught.append(call[2]))
-             for router in routers]
-    try:
-        for x, _, domain, *_ in batches:
-            with precision(device, dtype):
-                model(x.to(device), domain=domain.to(device))
-            for layer, routing in zip(sparse, caught, strict=True):
-                yield layer, x.to(device), routing
-            caught.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _routings(model, batches, device, dtype):
+    """Runs the batches; yields (layer number, x (B, T), Routing) of every layer that has one, batch
+    after batch."""
+    for x, _, domain, *_ in batches:
+        with precision(device, dtype):
+            out = model(x.to(device), domain=domain.to(device))
+        for layer, stats in enumerate(out.stats):
+            if stats.routing is not None:
+                yield layer, x.to(device), stats.routing
 
 
 @torch.no_grad()
@@ -53,26 +42,23 @@ def repeats(model, batches, config, device, dtype):
     only neighbours whose tokens differ, for text has runs; its chance is that of two independent
     tokens that differ.
     """
-    sparse = sparse_layers(config)
-    if config.ffn.kind != "moe" or not sparse:
-        return {}
-    V, E = config.model.vocab_size, config.ffn.experts
     # Of each layer: how often token v went to expert e first; pairs of neighbours that share their
     # expert, all pairs, and the same two of neighbours whose tokens differ.
-    sums = {layer: [torch.zeros(V, E, dtype=torch.float64), 0, 0, 0, 0] for layer in sparse}
-    for layer, x, routing in _routings(model, batches, config, device, dtype):
+    V, sums = config.model.vocab_size, {}
+    for layer, x, routing in _routings(model, batches, device, dtype):
+        E = model.blocks[layer].ffn.n_expert
         expert = top_expert(routing, x.shape)                                               # (B, T)
-        total = sums[layer]
+        total = sums.setdefault(layer, [torch.zeros(V, E, dtype=torch.float64), 0, 0, 0, 0])
         total[0] += torch.bincount((x * E + expert).flatten(), minlength=V * E).view(V, E).cpu()
         same, differ = expert[:, 1:] == expert[:, :-1], x[:, 1:] != x[:, :-1]
         for i, n in enumerate((same, torch.ones_like(same), same & differ, differ), 1):
             total[i] += n.sum().item()
     # Observed shares beside chance. meet: two tokens have one expert; alike: they are the same
     # token; both.
-    row = {}
-    for name, layer in dict(first=sparse[0], middle=sparse[len(sparse) // 2],
-                            last=sparse[-1]).items():
-        counts, same, pairs, same_differ, pairs_differ = sums[layer]
+    row, found = {}, sorted(sums)
+    places = dict(first=0, middle=len(found) // 2, last=-1) if found else {}
+    for name, place in places.items():
+        counts, same, pairs, same_differ, pairs_differ = sums[found[place]]
         p = counts / counts.sum()                                                           # (V, E)
         meet, alike, both = (q.square().sum().item() for q in (p.sum(0), p.sum(1), p))
         row |= {f"repeat_{name}": same / pairs, f"repeat_excess_{name}": same / pairs - meet,
@@ -91,8 +77,8 @@ def surgery(model, batches, config, device, dtype):
     rise_without_routed   every sparse layer loses one routed expert, whose tokens take their next
                           best: the mean over all of them
     """
-    layers = [model.blocks[i].ffn for i in sparse_layers(config)]
-    if config.ffn.kind != "moe" or not all(hasattr(layer.router, "score") for layer in layers):
+    layers = [model.blocks[i].ffn for i in model.sparse]
+    if not layers or not all(hasattr(getattr(layer, "router", None), "score") for layer in layers):
         return {}
 
     def loss():
@@ -116,7 +102,7 @@ def surgery(model, batches, config, device, dtype):
                 hook.remove()
 
     # Each routed expert in turn.
-    whole, E = loss(), config.ffn.experts
+    whole, E = loss(), layers[0].n_expert
     row = dict(rise_without_routed=sum(map(loss_without, range(E))) / E - whole)
     # The shared experts, with one more choice in their place; then they are put back.
     shared = [layer.shared for layer in layers]
@@ -135,19 +121,20 @@ def groups(model, batches, config, device, dtype):
     token uses, and group_load_cv, the coefficient of variation of the groups' loads over all
     batches, mean over layers.
     """
-    D, E = config.ffn.n_groups, config.ffn.experts
-    if config.ffn.kind != "moe" or D == 1:
+    D, most, loads = config.ffn.n_groups, 0, {}
+    if D == 1:
         return {}
-    most = 0
-    loads = {layer: torch.zeros(D, dtype=torch.float64) for layer in sparse_layers(config)}
-    for layer, _, routing in _routings(model, batches, config, device, dtype):
+    for layer, _, routing in _routings(model, batches, device, dtype):
         # (tokens, k)
-        group = routing.expert.view(-1, routing.k) // (E // D)
-        loads[layer] += torch.bincount(group.flatten(), minlength=D).cpu()
+        group = routing.by_token()[0] // (model.blocks[layer].ffn.n_expert // D)
+        load = torch.bincount(group.flatten(), minlength=D).double().cpu()
+        loads[layer] = loads.get(layer, 0) + load
         # used[token, group]: 1 where the token visits an expert of the group.
         used = torch.zeros(len(group), D, device=device).scatter_(1, group, 1.0)
         most = max(most, int(used.sum(1).max()))
     variation = [(load.std(correction=0) / load.mean()).item() for load in loads.values()]
+    if not variation:
+        return {}
     return dict(groups_per_token=most, group_load_cv=sum(variation) / len(variation))
 
 
@@ -156,14 +143,13 @@ def overflow(model, batches, config, device, dtype):
     """overflow: the share of (token, expert) pairs that would find no room if an expert took 1.25
     times the mean load of a batch (Switch 2101.03961 eq. 3), mean over layers and batches. Nothing
     is dropped here."""
-    if config.ffn.kind != "moe":
-        return {}
-    E, shares = config.ffn.experts, []
-    for _, _, routing in _routings(model, batches, config, device, dtype):
+    shares = []
+    for layer, _, routing in _routings(model, batches, device, dtype):
+        E = model.blocks[layer].ffn.n_expert
         load = torch.bincount(routing.expert, minlength=E)
         room = -int(-1.25 * routing.expert.numel() // E)        # rounded up
         shares.append(((load - room).clamp_min(0).sum() / load.sum()).item())
-    return dict(overflow=sum(shares) / len(shares))
+    return dict(overflow=sum(shares) / len(shares)) if shares else {}
 
 
 @torch.no_grad()
@@ -173,20 +159,21 @@ def expert_cosine(model, batches, config, device, dtype):
     order of units means nothing. expert_cosine is that of an expert and the one most like it, mean
     over experts and layers.
     """
-    if config.ffn.kind != "moe":
-        return {}
-    means = []
-    for layer in sparse_layers(config):
-        E, _, w = model.blocks[layer].ffn.experts.w_out.shape
+    layers, means = [model.blocks[i].ffn for i in model.sparse], []
+    for layer in layers:
+        # Experts that share their neurons, as rows of one table, have nothing to compare.
+        if not hasattr(layer, "experts"):
+            return {}
+        E, _, w = layer.experts.w_out.shape
         # (E w, 1 or 2, d), (E w, d)
-        rows, columns = hidden_units(model.blocks[layer].ffn)
+        rows, columns = hidden_units(layer)
         units = F.normalize(torch.cat([rows.flatten(1), columns], 1), dim=1)
         # The cosines of every unit with all; of each the largest in every expert.
         # (E w, E)
         best = (units @ units.T).view(E * w, E, w).amax(2)
         alike = best.view(E, w, E).mean(1).fill_diagonal_(-1)                               # (E, E)
         means.append(alike.amax(1).mean().item())
-    return dict(expert_cosine=sum(means) / len(means))
+    return dict(expert_cosine=sum(means) / len(means)) if means else {}
 
 
 @torch.no_grad()
@@ -194,9 +181,7 @@ def logits(model, batches, config, device, dtype):
     """What a z-loss, the mean of (logsumexp z)², acts on (ST-MoE 2202.08906, eq. 5); means over the
     routers' logits z (tokens, E): logit_size, of |z|; logit_max, of each token's largest;
     logit_sum, of logsumexp z; logit_spread, of each token's standard deviation over the experts."""
-    if config.ffn.kind != "moe":
-        return {}
-    found = [z for _, _, routing in _routings(model, batches, config, device, dtype)
+    found = [z for _, _, routing in _routings(model, batches, device, dtype)
              if (z := routing.logits) is not None]
     sizes = dict(logit_size=torch.abs, logit_max=lambda z: z.amax(1),
                  logit_sum=lambda z: z.logsumexp(1),

@@ -21,7 +21,7 @@ TOP = {"title": str, "paper": str, "caption": str, "config": str, "seeds": int, 
        "common": dict, "cpu": dict, "gpu": dict, "arms": dict, "metrics": dict, "panel": list,
        "claims": dict}
 ARM = {"config": str, "grid": dict, "from": (str, list), "make": str, "sizes": list, "column": dict,
-       "cpu": dict, "gpu": dict}
+       "seeds": int, "cpu": dict, "gpu": dict}
 SIZE = {"config": str, "jobs": int}             # what [cpu] and [gpu] may hold beside settings
 
 
@@ -38,8 +38,7 @@ def read_experiment(path):
     # The top level, then each size, then each arm.
     spec = parse_toml(text, path)
     check_words(spec, TOP, path)
-    if spec.get("seeds", 1) < 1:
-        raise ConfigError(f"{path}: seeds = {spec['seeds']} must be at least 1")
+    check_seeds(spec, path)
     if not spec.get("arms"):
         raise ConfigError(f"{path}: has no arms; each is a table [arms.NAME]")
     for size in SIZES:
@@ -49,10 +48,17 @@ def read_experiment(path):
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: arms.{name} = {show(table)} is no table; an arm is "
                               "[arms.NAME]")
-        check_words(table, ARM, f"{path}: [arms.{name}]", sections=True)
-        for size in SIZES:
-            check_words(table.get(size, {}), ARM, f"{path}: [arms.{name}.{size}]", sections=True)
+        for part, where in ((table, f"[arms.{name}]"),
+                            *((table.get(size, {}), f"[arms.{name}.{size}]") for size in SIZES)):
+            check_words(part, ARM, f"{path}: {where}", sections=True)
+            check_seeds(part, f"{path}: {where}")
     return spec
+
+
+def check_seeds(table, where):
+    """Raises ConfigError for a number of seeds that is none."""
+    if table.get("seeds", 1) < 1:
+        raise ConfigError(f"{where}: seeds = {table['seeds']} must be at least 1")
 
 
 def check_words(table, known, where, sections=False):

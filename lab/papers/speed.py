@@ -5,30 +5,35 @@
 tokens_per_second: the median step, forward, backward and optimizer together, after the first
 quarter of them; batches are read within it. peak_mib: CUDA: the most that the allocator held at
 once. CPU: the largest resident size of the process, which counts Python and PyTorch themselves
-(about 300 MiB).
+(about 300 MiB); empty on Windows, which does not tell.
 """
 import argparse
 import json
-import resource
 import statistics
 import sys
 import time
 
 import torch
 
+try:
+    import resource
+except ImportError:                     # Windows
+    resource = None
+
 from data.batches import token_counts
-from model import load_config
+from model import check, load_config
 from runtime import checkpoint
 from runtime.config import Ending, Parser, add_settings, parse, tell
 from runtime.device import resolve_compile, resolve_device, resolve_dtype
-from train import Trainer, make_ready
+from runtime.start import make_ready
+from train import Trainer
 
 
 def measure(config, steps):
     """dict(tokens_per_second, peak_mib) of a config. Raises ConfigError, DataError,
     CheckpointError."""
     # The Trainer that train.py would make, compiled where it would be.
-    config, _, folders, tokenizer = make_ready(config, None, quiet=True)
+    config, _, folders, tokenizer = make_ready(config, None, True, check)
     device = resolve_device(config.train.device)
     config.train.dtype, _ = resolve_dtype(config.train.dtype, device)
     trainer = Trainer(config, folders, tokenizer, device)
@@ -50,8 +55,11 @@ def measure(config, steps):
 
 
 def peak_mib(device):
+    """MiB, or None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024          # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -68,7 +76,8 @@ def main(argv=None):
         options, overrides = parse(parser, argv)
         result = measure(load_config(options.config, overrides), options.steps)
         checkpoint.write_text(options.json, json.dumps(result))
-        print(f"{result['tokens_per_second']:,.0f} tokens/s, {result['peak_mib']:,.0f} MiB")
+        peak = "memory unknown" if result["peak_mib"] is None else f"{result['peak_mib']:,.0f} MiB"
+        print(f"{result['tokens_per_second']:,.0f} tokens/s, {peak}")
     return end.status
 
 

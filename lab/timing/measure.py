@@ -15,22 +15,33 @@
 - Ceilings: the best matrix product and the best copy that this machine shows, not the ones on its
   data sheet. A share above 100 % says that it was busy with something else while they were
   measured.
+- Limits. The first call of a contestant is timed; the rounds that follow are as many as its budget
+  of seconds allows, and there are none if the first call took longer than that. What was not
+  measured is a line of the table that says why.
+- Another package's layer (Peer) has weights of its own, so that its numbers are not checked, and
+  what it raises is a line of the table too.
 """
+import math
 import os
 import platform
 import statistics
+import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")          # else the profiler greets on stderr
 
 KEYS = ("bench", "device", "shape", "path", "dtype", "direction", "ms", "ratio_to_dense", "tflops",
-        "ceiling_share", "peak_mib", "saved_mib")
+        "ceiling_share", "peak_mib", "saved_mib", "note")
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}     # error that a path may have, see check
 INPUTS = 3                                              # input sets that take turns
+EMULATED = 8            # a product that takes as many times that of float32 is done in software
 MIB = 2 ** 20
 
 
@@ -45,20 +56,32 @@ class Contestant(NamedTuple):
     flops: float = 0.0              # useful ones of a run: those of the mathematics, not of padding
     floor_ms: float | None = None   # what a run takes at the machine's ceiling
     saved_mib: float | None = None
+    peer: bool = False              # of another package: what it raises does not end the bench
+
+
+class Table(NamedTuple):
+    """A table that a bench can make."""
+    title: str
+    dtype: torch.dtype
+    rows: Callable                  # rows() measures
 
 
 class Machine(NamedTuple):
     """Where and how often things are run, and the ceilings found there."""
     device: str                     # cpu or cuda
     warmup: int
-    repeats: int
+    repeats: int                    # rounds, at most
     matmul: dict                    # torch.dtype -> FLOP/s
     copy: float                     # bytes/s, read and written ones together
+    budget: float = math.inf        # seconds of the rounds of one contestant
+    end: float = math.inf           # the time.perf_counter() after which nothing more is measured
 
     def name(self):
-        """Hardware, threads and PyTorch, for people."""
-        threads = f", {torch.get_num_threads()} threads" if self.device == "cpu" else ""
-        return f"{device_name(self.device)}{threads}, torch {torch.__version__}"
+        return machine_name(self.device)
+
+    def emulates(self, dtype):
+        """Whether it has no instructions for a dtype, as its slow products show."""
+        return self.matmul[dtype] * EMULATED < self.matmul[torch.float32]
 
     def compute_ms(self, flops, dtype):
         """The floor of FLOPs: their time in the best matrix product."""
@@ -67,6 +90,12 @@ class Machine(NamedTuple):
     def copy_ms(self, n_bytes):
         """The floor of bytes: their time in the best copy."""
         return n_bytes / self.copy * 1e3
+
+
+def machine_name(device):
+    """Hardware, threads and PyTorch, for people."""
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    return f"{device_name(device)}{threads}, torch {torch.__version__}"
 
 
 def device_name(device):
@@ -94,13 +123,30 @@ def milliseconds(start, end):
     return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
 
 
-def interleave(device, runs, warmup, repeats):
-    """{name: [ms of each round]} of runs {name: run(i)}."""
+def first_call(device, run):
+    """Seconds of run(0), which compiles and makes what is made only once."""
+    start = time.perf_counter()
+    run(0)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def rounds_in(seconds, one, most):
+    """How many runs that take `one` second each fit into so many seconds: 1 to `most`."""
+    return max(1, min(most, int(seconds / max(one, 1e-9)))) if seconds < math.inf else most
+
+
+def interleave(device, runs, warmup, repeats, rounds=None):
+    """{name: [ms of each round]} of runs {name: run(i)}; rounds {name: n}: of those that take part
+    in the first n rounds alone."""
     marks = {name: [] for name in runs}
     cushion = torch.empty(2 ** 28, device=device) if device == "cuda" else None
     # Every contestant once a round, so that a slow moment of the machine hits all.
     for i in range(warmup + repeats):
         for name, run in runs.items():
+            if i >= warmup + (rounds or {}).get(name, repeats):
+                continue
             if cushion is not None:
                 cushion.zero_()
             start = mark(device)
@@ -111,22 +157,28 @@ def interleave(device, runs, warmup, repeats):
     return {name: [milliseconds(*pair) for pair in pairs[warmup:]] for name, pairs in marks.items()}
 
 
-def find_machine(device, warmup, repeats, size=2048, copy_mib=256):
+def find_machine(device, warmup, repeats, size=2048, copy_mib=256, **limits):
     """A Machine with its ceilings: the best of 20 (size, size) products in each dtype, and of 20
-    copies that read copy_mib MiB and write as many."""
+    copies that read copy_mib MiB and write as many; of fewer where 20 take more than 2 seconds.
+    limits: its budget and end."""
     def best(run):
-        return min(interleave(device, {"": run}, 3, 20)[""]) / 1e3
+        n = rounds_in(2, first_call(device, run), 20)
+        return min(interleave(device, {"": run}, min(n, 3), n)[""]) / 1e3
 
-    # FLOP/s of the best matrix product in each dtype.
-    matmul = {}
-    for dtype in LIMIT:
-        a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
-        matmul[dtype] = 2 * size ** 3 / best(lambda i: torch.mm(a, b, out=out))
+    def products(side, dtype):
+        a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+        return 2 * side ** 3 / best(lambda i: torch.mm(a, b, out=out))
+
+    # FLOP/s of small products, which show at once what is emulated; else of the large ones.
+    small = min(size, 256)
+    found = Machine(device, warmup, repeats, {dtype: products(small, dtype) for dtype in LIMIT}, 0)
+    matmul = {dtype: found.matmul[dtype] if found.emulates(dtype) else products(size, dtype)
+              for dtype in LIMIT}
     # Bytes/s of the best copy.
     source = torch.ones(copy_mib * MIB // 4, device=device)
     target = torch.empty_like(source)
-    return Machine(device, warmup, repeats, matmul,
-                   2 * copy_mib * MIB / best(lambda i: target.copy_(source)))
+    copy = 2 * copy_mib * MIB / best(lambda i: target.copy_(source))
+    return Machine(device, warmup, repeats, matmul, copy, **limits)
 
 
 # ---- memory ----
@@ -191,20 +243,72 @@ def check(path, shape, names, got, want, dtype):
                              "stops here")
 
 
+# ---- other packages ----
+
+def version_of(package):
+    """The version of a package that is installed, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+class Peer(nn.Module):
+    """Another package's layer, (1, T, d) -> (1, T, d), called as ours are. What make() raises, it
+    raises when it is called."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.layer = self.error = None
+        try:
+            self.layer = make()
+        except Exception as e:          # whatever another package does, the bench goes on
+            self.error = e
+
+    def forward(self, x, ctx):
+        if self.error:
+            raise self.error
+        y = self.layer(x)
+        return y[0] if isinstance(y, tuple) else y, None
+
+
 # ---- rows ----
+
+def prepare(machine, one):
+    """(seconds of a first call, peak MiB, note) of a Contestant; without seconds it cannot be
+    timed, and the note says why."""
+    if time.perf_counter() > machine.end:
+        return None, None, "not measured: the time is over"
+    try:
+        seconds = first_call(machine.device, one.run)
+        if seconds > machine.budget:
+            return seconds, None, f"one call, for it took {seconds:.1f} s"
+        return seconds, peak_mib(machine.device, lambda: one.run(0)), None
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None, None, "does not fit into memory"
+    except Exception as e:
+        if not one.peer:
+            raise
+        why = " ".join(f"{type(e).__name__}: {e}".split())
+        return None, None, f"cannot run: {why[:90]}"
+
 
 def measure(machine, bench, shape, dtype, direction, contestants):
     """Rows, one for each of {name: Contestant}. A ratio is to the contestant `dense`, of a compiled
-    one to `dense compiled`. One that does not fit into CUDA memory gets a row without a time."""
-    def peak(one):
-        one.run(0)                                      # compiles, and makes what is made only once
-        return peak_mib(device, lambda: one.run(0))
-
-    # Memory first, which shows who fits; then the times of those.
-    device, rows = machine.device, []
-    peaks = {name: if_it_fits(lambda: peak(one)) for name, one in contestants.items()}
-    runs = {name: one.run for name, one in contestants.items() if peaks[name] is not None}
-    times = interleave(device, runs, machine.warmup, machine.repeats)
+    one to `dense compiled`."""
+    # Memory first, which shows who can run and how long that takes; a bar where someone looks on.
+    device, rows, ready = machine.device, [], {}
+    for name, one in tqdm(contestants.items(), f"{shape} {direction}", leave=False, disable=None,
+                          file=sys.stderr):
+        ready[name] = prepare(machine, one)
+    # Then the times: one call of what is slow, rounds of the others.
+    times = {name: [1e3 * first] for name, (first, peak, _) in ready.items()
+             if first is not None and peak is None}
+    rounds = {name: rounds_in(machine.budget, first, machine.repeats)
+              for name, (first, peak, _) in ready.items() if peak is not None}
+    runs = {name: contestants[name].run for name in rounds}
+    times |= interleave(device, runs, machine.warmup, machine.repeats, rounds)
     for name, one in contestants.items():
         ms = ratio = None
         if name in times:
@@ -212,19 +316,27 @@ def measure(machine, bench, shape, dtype, direction, contestants):
             dense = times.get("dense compiled" if name.endswith(" compiled") else "dense")
             if dense:
                 ratio = statistics.median(a / b for a, b in zip(times[name], dense))
-        rows.append(make_row(bench, device, shape, name, dtype, direction, one, ms, ratio,
-                             peaks[name]))
+        _, peak, note = ready[name]
+        rows.append(make_row(bench, device, shape, name, dtype, direction, one, ms, ratio, peak,
+                             note))
     return rows
 
 
-def make_row(bench, device, shape, path, dtype, direction, one, ms, ratio=None, peak=None):
+def skipped_row(bench, device, table, note):
+    """The row of a Table that is not measured."""
+    return make_row(bench, device, table.title, "all", table.dtype, "", Contestant(None), None,
+                    note=note)
+
+
+def make_row(bench, device, shape, path, dtype, direction, one, ms, ratio=None, peak=None,
+             note=None):
     """A row of a Contestant: a dict with exactly KEYS, numbers to five digits."""
     tflops = one.flops / ms / 1e9 if ms and one.flops else None
     share = one.floor_ms / ms if ms and one.floor_ms else None
     names = bench, device, str(shape), path, str(dtype).removeprefix("torch."), direction
     numbers = ms, ratio, tflops, share, peak, one.saved_mib
     rounded = (None if n is None else float(f"{n:.5g}") for n in numbers)
-    return dict(zip(KEYS, (*names, *rounded), strict=True))
+    return dict(zip(KEYS, (*names, *rounded, note), strict=True))
 
 
 def ceiling_rows(bench, machine):
@@ -258,8 +370,8 @@ def show(value, key):
 
 
 def print_table(rows, extra=None):
-    """Prints rows that share shape and dtype as an aligned table, and returns them; extra:
-    (heading, row -> text) of one more column."""
+    """Prints rows that share shape and dtype as an aligned table, their notes behind it, and
+    returns them; extra: (heading, row -> text) of one more column."""
     lines = [list(COLUMNS.values())]
     lines += [[show(row[key], key) for key in COLUMNS] for row in rows]
     if extra:
@@ -269,8 +381,8 @@ def print_table(rows, extra=None):
     # Names to the left, numbers to the right.
     widths = [max(map(len, column)) for column in zip(*lines)]
     print(f"\n{rows[0]['shape']}, {rows[0]['dtype']}")
-    for line in lines:
+    for line, note in zip(lines, ["", *(row["note"] or "" for row in rows)]):
         cells = [cell.ljust(w) if i < 2 else cell.rjust(w)
                  for i, (cell, w) in enumerate(zip(line, widths))]
-        print("  " + "  ".join(cells).rstrip(), flush=True)
+        print("  " + "  ".join([*cells, note]).rstrip(), flush=True)
     return rows

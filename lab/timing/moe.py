@@ -2,9 +2,8 @@
 twin.
 
 Each contestant is the whole layer as training calls it: router, counting, sort, experts, combine.
-They share one set of weights. The grouped experts of Hugging Face transformers join in where that
-package is importable; its batched_mm does not: it copies the weights of an expert for each pair, 25
-GB at T4096 d256 k8 n256.
+They share one set of weights. The Mixtral block of Hugging Face transformers joins in where that
+package is installed, with its grouped experts and weights of its own.
 """
 import copy
 import dataclasses
@@ -15,17 +14,12 @@ import torch
 from torch import nn
 
 import moe
-from ffn import Context, Dense, activation_of
+from ffn import Context, Dense, draw
 from kernels.common import HAS_TRITON
 from kernels.moe import GroupedExperts
-from lab.timing.measure import (INPUTS, Contestant, check, if_it_fits, measure, print_table,
-                                saved_mib)
+from lab.timing.measure import (INPUTS, Contestant, Peer, Table, check, if_it_fits, measure,
+                                print_table, saved_mib, version_of)
 from model import load_config
-
-try:
-    from transformers.integrations.moe import grouped_mm_experts_forward
-except ImportError:                     # it joins in where it is installed
-    grouped_mm_experts_forward = None
 
 
 class MoEShape(NamedTuple):
@@ -126,22 +120,26 @@ def grouped_mm(x, routing, experts):
     return moe.dispatch_grouped(x, routing, experts, function=GroupedExperts)
 
 
-class TheirExperts:
-    """What transformers' experts functions read from the module that they belong to; its weights
-    lie as ours do."""
-    has_gate, has_bias, is_transposed, act_fn = True, False, False, staticmethod(nn.functional.silu)
+def mixtral_block(shape, dtype, device):
+    """transformers' layer of this shape, router included: softmax over the k best of E logits, as
+    in the layer beside it."""
+    from transformers import MixtralConfig              # importing it takes seconds
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    config = MixtralConfig(hidden_size=shape.d, intermediate_size=shape.n,
+                           num_local_experts=shape.E, num_experts_per_tok=shape.k,
+                           experts_implementation="grouped_mm")
+    block = MixtralSparseMoeBlock(config)
+    for weight in block.parameters():
+        draw(weight)
+    return block.to(device, dtype)
 
-    def __init__(self, experts):
-        self.gate_up_proj, self.down_proj = experts.w_in, experts.w_out
-        self.num_experts = len(experts.w_in)
 
-    def _apply_gate(self, h):
-        return activation_of(h, "swiglu")
-
-
-def transformers_grouped(x, routing, experts):
-    expert, weight = (t.view(-1, routing.k) for t in (routing.expert, routing.weight))
-    return grouped_mm_experts_forward(TheirExperts(experts), x, expert, weight)
+def peers_of(shape, dtype, device):
+    """{name: Peer} of what is installed and can have this shape."""
+    version = version_of("transformers")
+    if version is None or shape.shared or shape.skew:
+        return {}
+    return {f"transformers {version}": Peer(partial(mixtral_block, shape, dtype, device))}
 
 
 def paths_of(device):
@@ -151,18 +149,15 @@ def paths_of(device):
         paths["grouped_mm"] = grouped_mm
     if device == "cpu" or not HAS_TRITON:
         del paths["fused"]
-    if grouped_mm_experts_forward is not None:
-        paths["transformers"] = transformers_grouped
     return paths
 
 
 def compiled_of(device, dtype):
-    """Contestants that also run compiled: on CUDA the twin, the path of `dispatch = auto`, and
-    transformers; in bfloat16, the one dtype in which a grouped product compiles."""
+    """Contestants that also run compiled: on CUDA the twin and the path of `dispatch = auto`; in
+    bfloat16, the one dtype in which a grouped product compiles."""
     if device == "cpu" or dtype != torch.bfloat16:
         return []
-    return [name for name in ("dense", "fused" if HAS_TRITON else "grouped", "transformers")
-            if name in ("dense", *paths_of(device))]
+    return ["dense", "fused" if HAS_TRITON else "grouped"]
 
 
 def dtypes_of(device, first):
@@ -172,7 +167,7 @@ def dtypes_of(device, first):
 
 
 def build_layers(shape, dtype, device, paths, compiled=()):
-    """{name: layer} of the contestants: the dense twin and, on the same weights, a layer for each
+    """{name: layer} of our contestants: the dense twin and, on the same weights, a layer for each
     path; those named in `compiled` also compiled."""
     layer = build_moe(shape, dtype, device)
     # a layer finds its path there, by the name in its config
@@ -218,7 +213,7 @@ def saved_by(layer, x, ctx):
 
 
 def rows_of(machine, shape, dtype, layers, xs, dy, ctx):
-    """Rows of the layers, forward and forward+backward."""
+    """Rows of the layers, ours and others', forward and forward+backward."""
     def forward(layer, i):
         return layer(xs[i], ctx)[0]
 
@@ -232,27 +227,33 @@ def rows_of(machine, shape, dtype, layers, xs, dy, ctx):
     for direction, run in ("fwd", forward), ("fwd+bwd", both):
         flops = shape.flops(direction)
         floor = machine.compute_ms(flops, dtype)
-        contestants = {name: Contestant(partial(run, layer), flops, floor, saved[name])
+        contestants = {name: Contestant(partial(run, layer), flops, floor, saved[name],
+                                        isinstance(layer, Peer))
                        for name, layer in layers.items()}
         rows += measure(machine, "moe", shape, dtype, direction, contestants)
     return rows
 
 
+def bench_shape(machine, shape, dtype):
+    """Rows of one table. BenchError if a path is wrong."""
+    device = machine.device
+    layers = build_layers(shape, dtype, device, paths_of(device), compiled_of(device, dtype))
+    ctx = Context(torch.zeros(1, shape.T, dtype=torch.long, device=device))
+    *xs, dy = (torch.randn(1, shape.T, shape.d, device=device).to(dtype)
+               for _ in range(INPUTS + 1))
+    xs = [x.requires_grad_() for x in xs]
+    # Every path of ours is right before it is timed.
+    check_layers(shape, dtype, layers, xs[0], dy, ctx)
+    layers |= peers_of(shape, dtype, device)
+    return print_table(rows_of(machine, shape, dtype, layers, xs, dy, ctx))
+
+
 def bench_moe(machine, shapes):
-    """Yields the rows of one table at a time. BenchError if a path is wrong."""
+    """The Tables of the bench."""
     print("One feed-forward layer (SwiGLU; router, sort and combine included) by each path, beside "
           "the\ndense layer of equal active FLOPs. Saved: what experts and dispatch keep for "
           "backward. Before it\nis timed, every path is checked against the loop in float64: "
-          "output and all gradients.")
-    device = machine.device
-    for shape in shapes:
-        for dtype in dtypes_of(device, shape is shapes[0]):
-            layers = build_layers(shape, dtype, device, paths_of(device),
-                                  compiled_of(device, dtype))
-            ctx = Context(torch.zeros(1, shape.T, dtype=torch.long, device=device))
-            *xs, dy = (torch.randn(1, shape.T, shape.d, device=device).to(dtype)
-                       for _ in range(INPUTS + 1))
-            xs = [x.requires_grad_() for x in xs]
-            # Every path is right before it is timed.
-            check_layers(shape, dtype, layers, xs[0], dy, ctx)
-            yield print_table(rows_of(machine, shape, dtype, layers, xs, dy, ctx))
+          "output and all gradients. Another\npackage's layer has weights of its own and is not "
+          "checked.", flush=True)
+    return [Table(str(shape), dtype, partial(bench_shape, machine, shape, dtype))
+            for shape in shapes for dtype in dtypes_of(machine.device, shape is shapes[0])]

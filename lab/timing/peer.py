@@ -1,9 +1,9 @@
 """python -m lab.bench peer: expert paths and retrieval of a PEER layer apart, then whole layers.
 
 Gradient buffers are kept, on every side: a pass adds to the .grad that is there, as all steps but
-the first do in a run that keeps them. Where PEER-pytorch is importable (pip install PEER-pytorch),
-it runs whole layers too, with competing scores: its default takes one expert per head, 8 rows of
-each table in place of 128.
+the first do in a run that keeps them. Where PEER-pytorch is installed (pip install PEER-pytorch),
+its layer runs too, with weights of its own and with competing scores: its default takes one expert
+per head, 8 rows of each table in place of 128.
 """
 import copy
 import dataclasses
@@ -16,15 +16,10 @@ from ffn import MLP, Context
 from kernels.common import HAS_TRITON
 from kernels.peer import GatheredExperts
 from kernels.product_keys import TopKLean
-from lab.timing.measure import (INPUTS, Contestant, check, if_it_fits, make_row, measure,
-                                print_table, saved_mib)
+from lab.timing.measure import (INPUTS, Contestant, Peer, Table, check, if_it_fits, make_row,
+                                measure, print_table, saved_mib, version_of)
 from model import load_config
 from peer import PEER, experts_readable, retrieve, topk_readable
-
-try:
-    import PEER_pytorch
-except ImportError:                     # it joins in where it is installed
-    PEER_pytorch = None
 
 # tokens that correctness is checked on: the oracle holds their rows in float64
 CHECKED = 256
@@ -143,9 +138,10 @@ def check_experts(shape, dtype, paths, table, x, idx, gate):
         check(name, shape, names, [y, x.grad, gate.grad, rows], want, dtype)
 
 
-def bench_experts(machine, shape, dtype, layer, spread):
-    """Rows of the expert paths on given experts and gates, after the floor."""
-    device, table = machine.device, layer.table
+def bench_experts(machine, shape, dtype, spread):
+    """Rows of the expert paths on given experts and gates, after the floor. BenchError if a path
+    is wrong."""
+    device, table = machine.device, build_peer(shape, dtype, machine.device).table
     N, R = shape.T, shape.h * shape.k                   # tokens, rows of each
     xs = [torch.randn(N, shape.d, device=device).to(dtype).requires_grad_() for _ in range(INPUTS)]
     gates = [torch.rand(N, R, device=device).div_(shape.k).requires_grad_() for _ in range(INPUTS)]
@@ -168,21 +164,30 @@ def bench_experts(machine, shape, dtype, layer, spread):
     floors = [make_row("peer", device, title, "floor", dtype, direction, Contestant(None, 0, ms),
                        ms)
               for direction, ms in (("fwd", floor), ("fwd+bwd", 3 * floor))]
-    return floors + rows_of(machine, title, dtype, contestants, [table, *xs, *gates])
+    return print_table(floors + rows_of(machine, title, dtype, contestants, [table, *xs, *gates]))
 
 
 # ---- retrieval alone, whole layers ----
 
-def bench_retrieval(machine, shape, layer, xs):
+def draw_inputs(shape, dtype, device):
+    return [torch.randn(1, shape.T, shape.d, device=device).to(dtype).requires_grad_()
+            for _ in range(INPUTS)]
+
+
+def bench_retrieval(machine, shape):
     """Rows of retrieval, queries included, always float32: with all scores at once, or as TopKLean
     has it."""
+    dtype = torch.float32
+    layer = build_peer(shape, dtype, machine.device)
+    xs = draw_inputs(shape, dtype, machine.device)
+
     def forward(topk, i):
         # (T, h, 2, d_key / 2)
         queries = layer.queries(xs[i][0])
         # (T, h, k)
         return retrieve(queries, layer.sub_keys, shape.k, layer.candidates, topk)[0]
 
-    c, dtype = layer.config, torch.float32
+    c = layer.config
     per_head = 2 * shape.d * c.d_key + 2 * c.n_keys * c.d_key + layer.candidates.shape[1]
     flops = shape.T * c.peer_heads * per_head
     paths = {"readable": topk_readable, "lean, fused": TopKLean.apply}
@@ -190,23 +195,25 @@ def bench_retrieval(machine, shape, layer, xs):
     check("lean, fused", shape, ["scores"], scores[1:], scores[:1], dtype)
     contestants = {name: Contestant(partial(forward, topk), flops, machine.compute_ms(flops, dtype))
                    for name, topk in paths.items()}
-    return rows_of(machine, f"{shape} retrieval alone", dtype, contestants,
-                   [*xs, *layer.parameters()])
+    return print_table(rows_of(machine, f"{shape} retrieval alone", dtype, contestants,
+                               [*xs, *layer.parameters()]))
 
 
-def their_layer(shape):
-    """PEER-pytorch's layer of this shape, or None without the package."""
-    if PEER_pytorch is None:
-        return None
-    return PEER_pytorch.PEER(shape.d, heads=shape.h, num_experts=shape.m ** 2,
-                             num_experts_per_head=shape.k,
-                             dim_key=shape.d_key // 2, non_competing_scores=False)
+def peer_pytorch(shape, dtype, device):
+    """PEER-pytorch's layer of this shape."""
+    import PEER_pytorch
+    layer = PEER_pytorch.PEER(shape.d, heads=shape.h, num_experts=shape.m ** 2,
+                              num_experts_per_head=shape.k,
+                              dim_key=shape.d_key // 2, non_competing_scores=False)
+    return layer.to(device, dtype)
 
 
-def bench_layer(machine, shape, dtype, layer, xs):
+def bench_layer(machine, shape, dtype):
     """Rows of whole layers: the dense twin of equal FLOPs, our paths, and PEER-pytorch. TFLOP/s
     count what ours needs."""
-    device, flops = machine.device, layer.flops_per_token() * shape.T
+    device = machine.device
+    layer, xs = build_peer(shape, dtype, device), draw_inputs(shape, dtype, device)
+    flops = layer.flops_per_token() * shape.T
     ctx = Context(torch.zeros(1, shape.T, dtype=torch.long, device=device))
     width = max(8, round(layer.flops_per_token() / (2 * 3 * shape.d * 8)) * 8)
     # The dense twin, then a layer for each path on the same weights.
@@ -215,52 +222,54 @@ def bench_layer(machine, shape, dtype, layer, xs):
         modules[path] = copy.copy(layer)
         modules[path].config = dataclasses.replace(layer.config, peer_path=path)
     # PEER-pytorch, where it is installed.
-    theirs = their_layer(shape)
-    if theirs is not None:
-        modules["PEER-pytorch"] = theirs.to(device, dtype)
+    if version := version_of("PEER-pytorch"):
+        theirs = partial(peer_pytorch, shape, dtype, device)
+        modules[f"PEER-pytorch {version}"] = Peer(theirs)
 
     def forward(module, i):
-        return module(xs[i], ctx)[0] if isinstance(module, PEER) else module(xs[i])
+        return module(xs[i]) if isinstance(module, MLP) else module(xs[i], ctx)[0]
 
     floor = machine.copy_ms(shape.chosen_bytes(dtype))
-    contestants = {name: Contestant(partial(forward, m), flops, floor)
+    contestants = {name: Contestant(partial(forward, m), flops, floor, peer=isinstance(m, Peer))
                    for name, m in modules.items()}
     contestants["dense"] = contestants["dense"]._replace(floor_ms=machine.compute_ms(flops, dtype))
     leaves = {p for module in modules.values() for p in module.parameters()}
-    return rows_of(machine, f"{shape} layer", dtype, contestants, [*xs, *leaves])
+    rows = print_table(rows_of(machine, f"{shape} layer", dtype, contestants, [*xs, *leaves]))
+    compare(rows, [name for name, one in contestants.items() if one.peer])
+    return rows
 
 
-def compare(rows):
-    """Prints what our best path needs beside the readable one and PEER-pytorch."""
-    both = {row["path"]: row for row in rows if row["direction"] == "fwd+bwd" and row["ms"]}
-    ours = [row for path, row in both.items() if path in ("readable", "lean", "fused")][-1]
-    for path in "readable", "PEER-pytorch":
-        if path in both and path != ours["path"]:
-            time, peak = (ours[key] / both[path][key] for key in ("ms", "peak_mib"))
-            print(f"  fwd+bwd: {ours['path']} takes {time:.2f} of the time of {path}, {peak:.3f} "
-                  "of its peak")
+def compare(rows, peers):
+    """Prints what our best path needs beside the readable one and the peers."""
+    both = {row["path"]: row for row in rows if row["direction"] == "fwd+bwd" and row["peak_mib"]}
+    ours = [row for path, row in both.items() if path in ("readable", "lean", "fused")][-1:]
+    for path in ["readable", *peers] if ours else []:
+        if path in both and path != ours[0]["path"]:
+            time, peak = (ours[0][key] / both[path][key] for key in ("ms", "peak_mib"))
+            print(f"  fwd+bwd: {ours[0]['path']} takes {time:.2f} of the time of {path}, "
+                  f"{peak:.3f} of its peak")
 
 
 def bench_peer(machine, shapes):
-    """Yields the rows of one table at a time. BenchError if a path is wrong."""
+    """The Tables of the bench."""
     print("A PEER layer in parts: its experts alone by each path, beside the floor, the time in "
           "which a\ncopy moves as many bytes as the chosen rows hold; retrieval alone; whole "
           "layers, beside the\ndense one of equal FLOPs. Peak: beyond tables and their gradients. "
           "Before it is timed, every\npath of the experts is checked against float64: output and "
-          "all gradients.")
+          "all gradients.", flush=True)
     dtypes = [torch.float32]
     if machine.device == "cuda" and HAS_TRITON:
         dtypes.append(torch.bfloat16)
+    tables = []
     for shape in shapes:
         for dtype in dtypes:
-            layer = build_peer(shape, dtype, machine.device)
             # The experts alone, retrieval alone, the whole layer.
-            for spread in "uniform", "zipf":
-                yield print_table(bench_experts(machine, shape, dtype, layer, spread))
-            xs = [torch.randn(1, shape.T, shape.d, device=machine.device).to(dtype).requires_grad_()
-                  for _ in range(INPUTS)]
+            tables += [Table(f"{shape} experts alone, {spread}", dtype,
+                             partial(bench_experts, machine, shape, dtype, spread))
+                       for spread in ("uniform", "zipf")]
             if dtype == torch.float32:
-                yield print_table(bench_retrieval(machine, shape, layer, xs))
-            rows = print_table(bench_layer(machine, shape, dtype, layer, xs))
-            compare(rows)
-            yield rows
+                tables.append(Table(f"{shape} retrieval alone", dtype,
+                                    partial(bench_retrieval, machine, shape)))
+            tables.append(Table(f"{shape} layer", dtype,
+                                partial(bench_layer, machine, shape, dtype)))
+    return tables

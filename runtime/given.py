@@ -1,0 +1,40 @@
+"""Settings that were given where nothing reads them: refused by name, so that none is without effect in
+silence."""
+import dataclasses
+
+from settings import Config, FFNConfig
+
+CHOICES = ("kind", "router", "balance")         # settings of [ffn] that decide which of the others are read
+
+
+def refuse_unread(config, readers):
+    """Raises ConfigError for a setting of [ffn] that was given, not as its default, where nothing reads it.
+
+    readers: [(choice, value, names)], the settings that a choice reads with that value; what no choice names
+    is always read. config: complete. Three things are tolerated:
+    - What a file says for a choice that the command line replaces: `peer.toml --ffn.kind dense`.
+    - On a command line with ffn.kind or ffn.router also what other kinds and routers read, since an
+      experiment gives the same settings to all of its arms.
+    - A file that gives most settings of [ffn], as a run's config.toml does.
+    """
+    f, default, sources = config.ffn, Config(), config.sources
+    names = [spec.name for spec in dataclasses.fields(FFNConfig) if f"ffn.{spec.name}" in sources]
+    by_source = [sources[f"ffn.{name}"] for name in names]
+    # the choices that the command line made; they replace those of a file
+    made = [c for c in CHOICES if sources.get(f"ffn.{c}", "").startswith("--")]
+    for name in names:
+        key = f"ffn.{name}"
+        who = [(choice, value) for choice, value, read in readers if name in read]
+        written = by_source.count(sources[key]) > len(dataclasses.fields(FFNConfig)) / 2
+        line = sources[key].startswith("--")
+        tolerated = written or ("kind" in made or "router" in made if line else made)
+        if who and config.get(key) != default.get(key) and not tolerated and not any(
+                in_effect(f, choice, value, readers) for choice, value in who):
+            wanted = " or ".join(f'ffn.{choice} = "{value}"' for choice, value in who)
+            config.fail(key, f"has no effect: it is read with {wanted}")
+
+
+def in_effect(f, choice, value, readers):
+    """Whether an FFNConfig makes the choice, of a kind that reads it."""
+    kinds = [kind for c, kind, read in readers if c == "kind" and choice in read]
+    return getattr(f, choice) == value and (choice == "kind" or f.kind in kinds)
