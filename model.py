@@ -1,9 +1,8 @@
 """A GPT in one file: embeddings, rotary causal attention with a KV cache, and blocks with two open slots, for
 what mixes positions and for the feed-forward layer.
 
-What stands in the slots is named in the config and looked up in MIXERS and KINDS; the rest of the model does
-not know. A feed-forward layer answers with its output and a Stats tuple, and GPT.forward hands both upward:
-losses that only train the router never mix with the cross-entropy that is reported.
+What stands in the slots is looked up in MIXERS and KINDS; the rest of the model does not know. A feed-forward
+layer answers with output and Stats; what only trains routers never mixes with the loss that is reported.
 
 Letters as in ffn.py; here also S, cached and new positions together.
 """
@@ -194,8 +193,7 @@ class GPT(nn.Module):
         B, T = idx.shape
         start = 0 if cache is None else cache.length
         if start + T > self.config.model.block_size:
-            raise ValueError(f"{start + T} positions do not fit model.block_size = "
-                             f"{self.config.model.block_size}")
+            raise ValueError(f"{start + T} positions: model.block_size = {self.config.model.block_size}")
         # embeddings, then block after block
         ctx = Context(idx, domain, step, cache is not None)
         rotary = self.rotary[:, start:start + T]
@@ -284,8 +282,7 @@ def sparse_layers(config):
 
 
 def resolve(config):
-    """Fills in, in place, the values that follow from others (0 in the file), so that a saved config says
-    what ran. Raises ConfigError for a name that does not exist."""
+    """Fills in, in place, the values that follow from others (0 in the file). ConfigError for unknown names."""
     m, f = config.model, config.ffn
     # names
     for key, known in (("model.mixer", MIXERS), ("ffn.kind", KINDS), ("ffn.router", ROUTERS),
@@ -331,15 +328,15 @@ def load_config(path=None, overrides=()):
     from runtime.config import check_run, read_config
     from runtime.given import refuse_unread
     config = resolve(read_config(path, overrides))
-    if config.train.init_from:
-        return config
-    check_run(check(config))
-    refuse_unread(config, readers())
+    if not config.train.init_from:
+        check_run(check(config))
+        refuse_unread(config, readers())
     return config
 
 
 def readers():
     """[(choice, value, names)]: the settings of [ffn] that are read with ffn.CHOICE = value."""
+    # where the sparse layers stand matters to all kinds but dense
     placed = ("d_dense", "moe_every", "moe_layers", "n_dense_first")
     return [*(("kind", name, kind.reads + (() if kind is Dense else placed)) for name, kind in KINDS.items()),
             *(("router", name, router.traits.reads) for name, router in ROUTERS.items()),
@@ -347,8 +344,8 @@ def readers():
 
 
 def load_model(folder, device="cpu", which="best"):
-    """(GPT in evaluation mode, Config, Tokenizer, header) of a run folder; which: "best" or "last", best
-    falls back to last where a run has not been evaluated. Raises CheckpointError."""
+    """(GPT in evaluation mode, Config, Tokenizer, header) of a run folder. which: "best", which is "last" where
+    there is no evaluation, or "last". Raises CheckpointError."""
     from data.tokenizers import Tokenizer
     from runtime import checkpoint, config
     saved = checkpoint.load_plain(folder, device, which)

@@ -115,9 +115,8 @@ DISPATCH = dict(loop=dispatch_loop, padded=dispatch_padded, grouped=dispatch_gro
 
 def limit_capacity(routing, n_expert, slots, shape):
     """The routing with only the first `slots` pairs of each expert kept (Switch 2101.03961 sec. 2.2). Earlier
-    positions go first, at one position first choices before second ones, then in the order of the sequences.
-    So no token's place depends on what comes after it, though sequences compete for slots; GShard (2006.16668
-    alg. 1) serves all first choices before any second one. shape = (B, T)."""
+    positions go first, so that none depends on what comes after it; at one position first choices, then the
+    first sequences. GShard (2006.16668 alg. 1) serves all first choices before. shape = (B, T)."""
     (B, T), k = shape, routing.k
 
     def by_position(t):                          # (P,) in token order -> position, then choice, then sequence
@@ -247,8 +246,7 @@ class MoE(FeedForward):
             (f.top_k > f.n_expert, "ffn.top_k", f"is more than ffn.n_expert = {f.n_expert}"),
             (f.d_expert and f.granularity > 1, "ffn.d_expert",
              f"and ffn.granularity = {f.granularity} both set the width of an expert; give one of them"),
-            (not f.d_expert and f.d_ff % f.granularity, "ffn.granularity",
-             f"does not divide ffn.d_ff = {f.d_ff}"),
+            (not f.d_expert and f.d_ff % f.granularity, "ffn.granularity", f"does not divide ffn.d_ff = {f.d_ff}"),
             (traits.k > 0 and k != traits.k, "ffn.top_k",
              f"(times ffn.granularity) must be {traits.k} for ffn.router = \"{f.router}\""),
             *ROUTERS[f.router].refusals(config),
@@ -257,10 +255,8 @@ class MoE(FeedForward):
             (f.n_groups > 1 and "n_groups" not in traits.reads, "ffn.n_groups",
              f"works with ffn.router = {only(lambda t: 'n_groups' in t.reads)} only"),
             (f.n_groups > 1 and room < k, "ffn.topk_groups", f"leaves {room} experts to choose {k} from"),
-            (f.d_shared and f.n_shared, "ffn.d_shared",
-             "and ffn.n_shared both set the shared width; give one of them"),
-            (f.shared_gate and not (f.d_shared or f.n_shared), "ffn.shared_gate",
-             "needs ffn.d_shared or ffn.n_shared"),
+            (f.d_shared and f.n_shared, "ffn.d_shared", "and ffn.n_shared both set the width; give one of them"),
+            (f.shared_gate and not (f.d_shared or f.n_shared), "ffn.shared_gate", "needs ffn.d_shared or n_shared"),
             (f.balance in ("loss_free", "importance_load") and f.balance != traits.balance, "ffn.balance",
              f"needs ffn.router = {only(lambda t: t.balance == f.balance)}, with the bias or the noise for it"),
             (f.balance != "none" and not traits.steerable, "ffn.balance", f"has nothing to act on: ffn.router = "
@@ -287,13 +283,12 @@ class MoE(FeedForward):
                 f"{losses and f' ({losses})'}, dispatch {path}{why}")
 
     def remarks(self):
-        c, traits, found = self.config, self.router.traits, []
-        if traits.looks() or traits.sampling:
-            label = "; ".join(filter(None, [traits.looks(), traits.sampling]))
-            found.append(f"router {c.router}: {label}")
+        c, traits = self.config, self.router.traits
+        label = "; ".join(filter(None, [traits.looks(), traits.sampling]))
+        found = [f"router {c.router}: {label}"] if label else []
         if c.eval_capacity_factor:
-            found.append(f"ffn.eval_capacity_factor = {c.eval_capacity_factor}: in evaluation the sequences of "
-                         "a batch compete for slots; sampling has no limit and drops nothing")
+            found.append(f"ffn.eval_capacity_factor = {c.eval_capacity_factor}: sequences compete for slots in "
+                         "evaluation; sampling drops nothing")
         return found
 
     def inactive_params(self):

@@ -9,8 +9,7 @@ An expert is one neuron, e_i(x) = act(x . u_i) v_i; a token uses R = h k of the 
 `retrieve` and `experts_readable` are the paper. The fast paths, in kernels/, never hold the gathered rows
 (N, R, 2, d): 256 KiB a token at R = 128, d = 256, each of them used once.
 
-- u_i and v_i lie side by side in one table (E, 2, d): one index, one gradient, one optimizer entry. Sub-keys
-  and experts are shared by all heads, as in the paper.
+- u_i and v_i lie side by side in one table (E, 2, d): one index, one gradient. All heads share experts and keys.
 - Queries, scores and gates are float32, also under autocast: a rounded score flips a choice. So are tables.
 - loss.backward() adds a table's gradient to the .grad that is there: see kernels.peer.GatheredExperts.
 

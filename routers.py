@@ -4,10 +4,9 @@ A router is called as `router(x, ctx) -> Routing` with x (N, d), the tokens of a
 order. Its answer is a list of P pairs (token, expert, weight), P known from shapes alone, so that nothing waits
 for the host. Logits, softmax and gates are float32: a rounded logit flips a top-k choice.
 
-What a router may look at decides where it can be used, so each class says it as data, in its traits: when its
-gate is normalised, whether a later token can change where one goes (ahead), and whether another sequence of
-the batch can (across). The help, the README's table, the warnings and the tests are made from them. A new
-router is a class with its traits, and a line in ROUTERS at the end of this file.
+What a router may look at decides where it can be used, so each class says it as data, in its traits: whether
+a later token can change where one goes (ahead), and whether another sequence can (across). Help, the README's
+table, warnings and tests are made from them. A new router is a class with its traits and a line in ROUTERS.
 """
 import math
 from typing import NamedTuple
@@ -247,8 +246,7 @@ class GShard(Router):
 
 
 class Sigmoid(Router):
-    """DeepSeek-V3 (2412.19437) eq. 13-16 with loss-free balancing (2408.15664): the bias b is a buffer that
-    MoE.after_step moves, by finished batches only."""
+    """DeepSeek-V3 (2412.19437) eq. 13-16, loss-free (2408.15664): MoE.after_step moves b, by finished batches."""
     traits = Traits("sigmoid scores, for loss-free balancing", "DeepSeek-V3 2412.19437, 2408.15664",
                     "sigmoid, renormalised after the selection", balance="loss_free",
                     reads=("n_groups", "topk_groups", "route_scale"))
@@ -383,8 +381,7 @@ class RL(Router):
 class ExpertChoice(Router):
     """Expert choice (Zhou et al. 2202.09368), grouped as in Krajewski et al. 2402.07871: at every position
     each expert takes the C = B k / E sequences that score highest for it. A token may get no expert or
-    several; with B a multiple of E / k it visits k on average, as flops_per_token counts. It is causal:
-    choosing among sequences at one position sees no later one."""
+    several, k on average with B a multiple of E / k, as flops_per_token counts. No later position is seen."""
     traits = Traits("experts choose among the sequences at one position", "Zhou 2202.09368, by position as in "
                     "Krajewski 2402.07871", "softmax, before the selection", balance="none", steerable=False,
                     across="always", capacity=False, not_grown="an expert takes its share of the tokens; "

@@ -11,8 +11,13 @@ Decisions:
 - Tokens are drawn on the CPU in float64, each sequence from a generator seeded with seed + index: a text
   depends neither on the device nor on --num, except where logits that differ in their last bits tip a draw.
 """
-import os
 import sys
+
+if __name__ == "__main__":                                      # the other imports take seconds
+    sys.path.insert(0, __file__.rpartition("sample.py")[0])     # python -P and -I leave this folder out
+    import runtime.first
+
+import os
 import time
 from typing import NamedTuple
 
@@ -24,11 +29,11 @@ from data.binfile import DataError
 from ffn import Stats
 from model import load_model
 from runtime.checkpoint import CheckpointError
-from runtime.config import Ending, parse
-from runtime.device import pick_device
+from runtime.config import parse
+from runtime.device import choose_threads, own_threads, pick_device
+from runtime.ending import Ending, tell
 from runtime.start import check_sample, sample_parser
-from runtime.terminal import PLAIN, Marker, lineage, plain_pieces
-from settings import ConfigError
+from runtime.terminal import PLAIN, Marker, lineage, pick_layer, plain_pieces
 
 
 class Step(NamedTuple):
@@ -135,15 +140,7 @@ def remarks(model, header):
     return list(dict.fromkeys(found + [text for block in model.blocks for text in block.ffn.remarks()]))
 
 
-def pick_layer(text, sparse):
-    """The sparse layer that --show_experts names. Raises ConfigError."""
-    if not sparse:
-        raise ConfigError("--show_experts: every layer of this model is dense, it has no experts to show")
-    if text != "last" and not (text.isdecimal() and int(text) in sparse):
-        raise ConfigError(f"--show_experts {text}: the sparse layers are {', '.join(map(str, sparse))}")
-    return sparse[-1] if text == "last" else int(text)
-
-
+@own_threads
 def run(o):
     """Loads, generates, prints."""
     check_sample(o)
@@ -154,10 +151,11 @@ def run(o):
     ids, block = encode_prompt(tokenizer, o.prompt), config.model.block_size
     # what a reader should know first
     for remark in remarks(model, header):
-        print(remark, file=sys.stderr)
+        tell(remark)
     if len(ids) > block:
-        print(f"the prompt has {len(ids)} tokens, model.block_size is {block}: its last {max(block // 2, 1)} "
-              "are read", file=sys.stderr)
+        tell(f"the prompt has {len(ids)} tokens, model.block_size is {block}: its last {max(block // 2, 1)} "
+             "are read")
+    threads = choose_threads(o.threads, o.num * model.flops_per_token(), device)
     prompt_ids = torch.tensor([ids] * o.num, device=device)
     start, extra = time.perf_counter(), 1 if marker else 0          # the last token is read by one step more
     # the tokens as they come, and what the terminal shows of them
@@ -177,15 +175,13 @@ def run(o):
     sys.stdout.flush()
     # how fast it was
     n, seconds = o.tokens * o.num, time.perf_counter() - start
-    print(f"{n} tokens in {seconds:.2f} s, {n / seconds:,.0f} tokens/s", file=sys.stderr)
+    tell(f"{n} tokens in {seconds:.2f} s, {n / seconds:,.0f} tokens/s, {threads}")
 
 
 def main(argv=None):
     """The program; returns its exit status."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # a terminal that is not UTF-8 gets question marks
     with Ending() as end:
-        run(parse(sample_parser(__doc__.split("\n\nDecisions")[0]), argv)[0])
+        run(parse(sample_parser((__doc__ or "").split("\n\nDecisions")[0]), argv)[0])
     return end.status
 
 

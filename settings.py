@@ -23,7 +23,7 @@ def opt(default, help, choices=None, low=None, high=None, group=""):
 
 @dataclass
 class ModelConfig:
-    n_layer: int = opt(4, "number of blocks", low=1)
+    n_layer: int = opt(4, "number of blocks", low=1, high=10_000)
     n_embd: int = opt(128, "width d of the residual stream", low=1)
     block_size: int = opt(128, "longest context T, in tokens", low=1)
     vocab_size: int = opt(0, "rows of the embedding table (0: what the corpus's tokenizer has)", low=0)
@@ -42,11 +42,9 @@ class FFNConfig:
     kind: str = opt("moe", "what stands in the feed-forward slot of the sparse layers: dense, moe, peer, pkm "
                     "(model.KINDS)", group="what stands in the slot, and where")
     activation: str = opt("swiglu", "non-linearity, one of ffn.ACTIVATIONS or swiglu, which has a third matrix")
-    d_ff: int = opt(0, "hidden width of one unsplit feed-forward layer or expert "
-                       "(0: 4 n_embd, swiglu 8/3 n_embd, to a multiple of 8)", low=0)
+    d_ff: int = opt(0, "hidden width of an unsplit layer or expert (0: 4 n_embd, of swiglu 8/3 n_embd)", low=0)
     d_dense: int = opt(0, "hidden width of the dense layers of a model with sparse ones (0: d_ff)", low=0)
-    moe_every: int = opt(0, "every how many layers is sparse, counted from the end of each group "
-                            "(0: every layer for moe, only the middle one for peer and pkm)", low=0)
+    moe_every: int = opt(0, "the last of each so many layers is sparse (0: all; of peer and pkm the middle)", low=0)
     moe_layers: list[int] = opt([], "indices of the sparse layers, instead of moe_every")
     n_dense_first: int = opt(0, "this many first layers stay dense (DeepSeekMoE)", low=0)
 
@@ -62,8 +60,7 @@ class FFNConfig:
     frozen_routes: bool = opt(True, "their router rows do not change either (false: the whole router learns)")
 
     router: str = opt("topk", "one of routers.ROUTERS", group="how tokens choose")
-    gate_order: str = opt("topk_then_softmax", "gates of topk: softmax over the chosen logits (Mixtral), or over "
-                          "all of them (Switch, DeepSeekMoE, Qwen2), renormalised or not",
+    gate_order: str = opt("topk_then_softmax", "topk: softmax over the chosen (Mixtral) or all logits (DeepSeekMoE)",
                           choices=["topk_then_softmax", "softmax_then_topk", "softmax_then_topk_renorm"])
     n_groups: int = opt(1, "groups of experts for group-limited selection (DeepSeek-V2, V3)", low=1)
     topk_groups: int = opt(0, "groups that a token may use (0: all)", low=0)
@@ -77,8 +74,7 @@ class FFNConfig:
 
     balance: str = opt("auto", "one of balance.LOSSES, or none; auto: what the router's traits name",
                        group="what keeps the experts evenly used")
-    balance_loss: float = opt(0.01, "coefficient of the balance loss (w of importance_load, alpha_1 of "
-                              "deepseek, the sequence loss beside loss_free, where 0.0001 is usual)", low=0.0)
+    balance_loss: float = opt(0.01, "coefficient of the balance loss (beside loss_free 0.0001 is usual)", low=0.0)
     load_loss: float = opt(0.01, "coefficient of the load half of importance_load", low=0.0)
     device_loss: float = opt(0.0, "alpha_2 of deepseek: balance of groups", low=0.0)
     comm_loss: float = opt(0.0, "alpha_3 of deepseek: balance of tokens sent to each group", low=0.0)
@@ -86,14 +82,12 @@ class FFNConfig:
     bias_rate: float = opt(0.001, "u of loss_free: step of the selection bias", low=0.0)
 
     dispatch: str = opt("auto", "how tokens travel to the experts; every choice gives the same numbers",
-                        choices=["auto", "loop", "padded", "grouped", "fused"],
-                        group="how tokens travel, and room for them")
+                        choices=["auto", "loop", "padded", "grouped", "fused"], group="how tokens travel")
     capacity_factor: float = opt(0.0, "slots per expert in training, times k N / E, for which the sequences of a "
                                  "batch compete; later positions are dropped first (0: dropless)", low=0.0)
     eval_capacity_factor: float = opt(0.0, "the same in evaluation (0: dropless)", low=0.0)
 
-    n_keys: int = opt(64, "sub-keys m of each half; the layer has E = m^2 experts", low=2,
-                      group="product keys: kinds peer and pkm")
+    n_keys: int = opt(64, "sub-keys m of each half, for E = m^2 experts", low=2, group="kinds peer and pkm")
     peer_heads: int = opt(4, "retrieval heads h", low=1)
     peer_top_k: int = opt(8, "experts k that each head retrieves", low=1)
     d_key: int = opt(0, "width of a query, both halves together (0: n_embd / 2)", low=0)
@@ -164,17 +158,15 @@ class TrainConfig:
                      "float32", choices=["auto", "float32", "bfloat16"], group="what computes")
     device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=["auto", "cpu", "cuda", "mps"])
     compile: str = opt("auto", "torch.compile: auto is on for CUDA alone", choices=["auto", "on", "off"])
-    parallel: str = opt("ddp", "with several processes (torchrun): ddp, each has the whole model; fsdp, each "
-                        "has a share of parameters, gradients and optimizer state, for what outgrows one GPU",
-                        choices=["ddp", "fsdp"])
+    parallel: str = opt("ddp", "several processes (torchrun): ddp, each has the whole model; fsdp, each has a "
+                        "share of all that it holds, for what outgrows one GPU", choices=["ddp", "fsdp"])
 
 
 @dataclass
 class LifelongConfig:
     distill: float = opt(0.0, "weight of T^2 KL(p_old || p_new), mean over tokens (Lifelong-MoE: 1)", low=0.0)
     distill_temperature: float = opt(1.0, "T, by which both models' logits are divided", low=1e-3)
-    teacher: str = opt("", "run folder of the old model of distill (empty: the run that train.init_from was "
-                           "expanded from, else train.init_from itself)")
+    teacher: str = opt("", "run folder of the old model of distill (empty: the one that l2 holds to)")
     l2: float = opt(0.0, "weight of the squared distance to the old weights, those of the run that "
                          "train.init_from was expanded from, else of itself; new experts are free", low=0.0)
     freeze: str | list[str] = opt([], "patterns of names of parameters that stay as they are, such as "

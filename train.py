@@ -8,10 +8,15 @@ runs repeatable:
 - Batches follow from the step number (data/batches.py), so that N + M steps are N steps, a restart, M steps.
 - Reported losses are cross-entropy alone; auxiliary losses are in the objective and in a column of their own.
 """
-import contextlib
-import math
 import sys
+
+if __name__ == "__main__":                                      # the other imports take seconds
+    sys.path.insert(0, __file__.rpartition("train.py")[0])      # python -P and -I leave this folder out
+    import runtime.first
+
+import math
 import time
+from contextlib import ExitStack
 
 import torch
 
@@ -21,13 +26,12 @@ from grow.retain import Past, adapters
 from model import GPT, check, load_config
 from routers import help_text
 from runtime import checkpoint, parallel
-from runtime.config import Ending, to_toml
+from runtime.config import to_toml
 from runtime.device import compile_forward, go_on_uncompiled, precision, resolve_compile, resolve_device, resolve_dtype
+from runtime.ending import Ending
 from runtime.report import Log, StopSignal, describe, finish, progress, speaker
 from runtime.start import make_ready, open_run
-from runtime.terminal import PLAIN
 from sample import sample_text
-from settings import ConfigError
 
 
 class Trainer:
@@ -151,7 +155,7 @@ def train(trainer, valid, out, say, bar, log, stop):
         if saves:
             checkpoint.save_run(out, trainer)
         if due(trainer.done, t.sample_every) and not ends:
-            say(sample_of(trainer).translate(PLAIN))
+            say(sample_of(trainer))
         if not log.rows:                         # else the clock is running for rows that are not settled yet
             log.since = time.perf_counter()
 
@@ -261,10 +265,7 @@ def build(config, origin, folders, tokenizer, out, saved, say):
     compiled, why_compiled = resolve_compile(config, device, trainer.model.not_compiled())
     if compiled:
         compile_forward(trainer, say)
-    try:
-        describe(trainer, say, f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})")
-    except ValueError as e:
-        raise ConfigError(str(e)) from None
+    describe(trainer, say, f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})")
     # until here the run folder was as it was: now it becomes this run's
     if parallel.rank() == 0:
         if not saved:
@@ -277,13 +278,12 @@ def build(config, origin, folders, tokenizer, out, saved, say):
 
 def main(argv=None):
     """The program; returns its exit status: 0 done, 1 a failure, 2 a mistake in what was asked for."""
-    with Ending(parallel.first) as end, parallel.processes(), contextlib.ExitStack() as held:
+    with Ending(parallel.first, output=False) as end, parallel.processes(), ExitStack() as held:
         # with one process, from_rank0(f) is f()
-        more = {"ffn.router": help_text()}
         config, out, saved, quiet = parallel.from_rank0(
-            lambda: open_run(argv, held, load_config, check, more))
+            lambda: open_run(argv, held, load_config, check, {"ffn.router": help_text()}))
         config, origin, folders, tokenizer = parallel.from_rank0(
-            lambda: make_ready(config, saved, quiet, check))
+            lambda: make_ready(config, saved, quiet, check, GPT))
         quiet = quiet or parallel.rank() > 0
         say = speaker(quiet)
         trainer, valid = build(config, origin, folders, tokenizer, out, saved, say)

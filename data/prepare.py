@@ -20,7 +20,6 @@ from data.corpora.sources import NAMES, is_known, resolve, takes_source
 from data.folders import (KINDS, PREPARED, check_tokenizer, folder_with, folders_of, inspect_folder,
                           made_from, names_in, one_at_a_time, path_text)
 from data.tokenizers import Tokenizer
-from settings import DataConfig
 
 MOST_TOKENS = 10**12
 ELSEWHERE = "choose another folder: --out, data.dir in a config"
@@ -344,13 +343,6 @@ def main(arguments=None):
               file=sys.stderr)
         return 130
     return 0
-
-
-def find_or_prepare(names, tokenizer="byte", vocab_size=4096, dir=None, max_tokens=0, quiet=False):
-    """`prepared` by its older name, its settings one by one."""
-    data = DataConfig(name=names, tokenizer=str(tokenizer), vocab_size=vocab_size,
-                      dir=str(dir or ""), max_tokens=max_tokens)
-    return prepared(data, quiet=quiet)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from grow import ensemble, routing
 from grow.hidden_units import average, blended, from_units, hidden_units, put_together, slices
 from grow.parents import (LAYOUT, check_branches, check_layers, check_settings, check_tokenizers,
-                          explained, joined_config, next_command, open_parents, strangers)
+                          joined_config, next_command, open_parents, strangers)
 from model import GPT, check, resolve, sparse_layers
 from routers import ROUTERS, help_text
 from runtime import checkpoint
@@ -342,8 +342,7 @@ def main(argv=None):
         if not argv or argv[0] not in commands:
             parser.parse_args(argv)
         options, overrides = parse(commands[argv[0]], argv[1:])
-        with explained(getattr(options, "out", None) or "the output"):
-            options.work(options, overrides)
+        options.work(options, overrides)
     return end.status
 
 

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grow.parents import (check_settings, check_tokenizers, make_folder, open_parents, summed,
-                          validation)
+from grow.parents import check_settings, check_tokenizers, open_parents, summed, validation
 from model import Output
 from runtime.checkpoint import write_text
 from runtime.device import as_trained, pick_device
@@ -202,7 +201,7 @@ def command(options, overrides):
     log_prior = prior.log().log_softmax(0)
     # a folder that cannot be made is told before the measuring
     if options.json:
-        make_folder(Path(options.json).parent)
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     # the first run's validation batches, in blocks that every model can read
     if options.eval:
         shortest = min(p.config.model.block_size for p in parents)

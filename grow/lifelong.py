@@ -14,7 +14,7 @@ import sys
 import torch
 
 from data.binfile import DataError
-from grow.parents import explained, next_command, open_parents, summed, validation
+from grow.parents import next_command, open_parents, summed, validation
 from grow.retain import kl_divergence
 from model import GPT, sparse_layers
 from routers import ALL, traits_of
@@ -217,9 +217,8 @@ def main(argv=None):
         if options.add < 1 or not 0 <= options.seed < 2**62:
             raise ConfigError(f"--add {options.add} must be at least 1, --seed {options.seed} at "
                               "least 0")
-        with explained(options.out):
-            expand(options.run, options.add, options.out, options.init, options.seed,
-                   options.overwrite)
+        expand(options.run, options.add, options.out, options.init, options.seed,
+               options.overwrite)
     return end.status
 
 

@@ -5,7 +5,6 @@ of different seeds may compute the same function with their hidden units in diff
 average of two such networks computes nothing like it (Branch-Train-Merge 2208.03306 found
 perplexities in the thousands).
 """
-import contextlib
 import shlex
 import tempfile
 from collections import Counter
@@ -15,12 +14,11 @@ from typing import NamedTuple
 import torch
 
 from data.batches import EvalBatches
-from data.binfile import DataError, explain
+from data.binfile import DataError
 from data.prepare import prepared
 from data.tokenizers import Tokenizer
 from model import GPT, load_model, sparse_layers
 from runtime import checkpoint
-from runtime.checkpoint import CheckpointError
 from runtime.config import all_fields, from_tables
 from settings import Config, ConfigError, show
 
@@ -56,32 +54,9 @@ class Parent(NamedTuple):
         return self.config.data.names
 
 
-@contextlib.contextmanager
-def explained(path, **words):
-    """Turns an OSError of the block into a CheckpointError of one line: which file, why, what to
-    do. path: the file, if the error names none; words: see data.binfile.explain."""
-    try:
-        yield
-    except BrokenPipeError:                             # `| head` has what it wants: no failure
-        raise
-    except OSError as error:
-        raise CheckpointError(explain(error, error.filename or path, **words)) from None
-
-
 def open_parents(folders, device="cpu"):
     """The best weights of each run: list of Parent. Raises CheckpointError."""
-    parents = []
-    for folder in folders:
-        with explained(folder, done="read"):
-            parents.append(Parent(Path(folder), *load_model(folder, device)))
-    return parents
-
-
-def make_folder(folder):
-    """Path of a folder that is there now. Raises CheckpointError."""
-    with explained(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder)
+    return [Parent(Path(folder), *load_model(folder, device)) for folder in folders]
 
 
 # --- whether they fit together ---

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grow.parents import explained
 from model import load_model
 from runtime import checkpoint
 from runtime.checkpoint import CheckpointError
@@ -120,9 +119,7 @@ def teacher_folder(config):
 
 def check_there(folder):
     """Raises CheckpointError unless a run is in the folder."""
-    with explained(folder, done="read"):
-        there = checkpoint.has_run(folder)
-    if not there:
+    if not checkpoint.has_run(folder):
         raise CheckpointError(f"{folder}: no run is there, and lifelong.distill and lifelong.l2 "
                               "need it as the teacher; put it back, or name its folder with "
                               "--lifelong.teacher")

@@ -8,13 +8,14 @@ expert a token they agree.
 import csv
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from grow.parents import make_folder, open_parents, summed, validation
+from grow.parents import open_parents, summed, validation
 from model import sparse_layers
 from runtime.checkpoint import write_text, written
 from runtime.device import as_trained, pick_device
@@ -122,7 +123,8 @@ def command(options, overrides):
         raise ConfigError(f"{options.run} has ffn.kind = \"{parent.config.ffn.kind}\", no experts "
                           "that a router chooses; give a run with ffn.kind = \"moe\"")
     # a folder that cannot be made is told before the counting
-    out = make_folder(options.out or options.run)
+    out = Path(options.out or options.run)
+    out.mkdir(parents=True, exist_ok=True)
     shares = expert_shares(parent, options.corpora)
     print("share of the tokens whose expert of largest weight it is\n" + as_text(shares))
     write_text(out / "routing.csv", as_csv(shares))

@@ -254,6 +254,29 @@ def gated_activation_backward(da, h, weight, activation, kernel=None):
 
 # ---- the whole path: products grouped by expert ----
 
+@torch.library.custom_op("kernels::grouped_product", mutates_args=())
+def opaque_product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """F.grouped_mm as one operator that a compiler does not look into."""
+    return F.grouped_mm(a, b, offs=ends)
+
+
+@opaque_product.register_fake
+def _(a, b, ends):
+    # The two forms of grouped_product
+    if b.dim() == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    return a.new_empty(ends.shape[0], a.shape[0], b.shape[1])
+
+
+def grouped_product(a, b, ends):
+    """F.grouped_mm, in every dtype that it has: its groups end at `ends` (E,) int32. a (P, in) and
+    b (E, in, out) -> (P, out); a (rows, P) and b (P, columns) -> (E, rows, columns)."""
+    # The compiler's own shape function of F.grouped_mm refuses all but bfloat16. Elsewhere the
+    # operator would only cost a dispatch.
+    if torch.compiler.is_compiling() and a.dtype != torch.bfloat16:
+        return opaque_product(a, b, ends)
+    return F.grouped_mm(a, b, offs=ends)
+
 
 class GroupedExperts(torch.autograd.Function):
     """y = sum over a token's pairs of weight W_out act(W_in x), products grouped by expert.
@@ -274,12 +297,12 @@ class GroupedExperts(torch.autograd.Function):
         # 1. Gather the rows and multiply by the first matrices -> h (P, w or 2w). The gathered rows
         #    (P, d) get no name, so that Python frees them when the product is done. The
         #    outputs of the experts in step 3 have none either.
-        h = F.grouped_mm(gather(x, order, token, k, fused), w_in.transpose(1, 2), offs=offsets)
+        h = grouped_product(gather(x, order, token, k, fused), w_in.transpose(1, 2), offsets)
         # 2. Activate and weight: h (P, w or 2w) -> a (P, w).
         a = gated_activation(h, weight, activation, kernel)
         # 3. Multiply by the second matrices and bring the outputs home: (P, d) -> (N, d).
-        y = combine(F.grouped_mm(a, w_out.transpose(1, 2), offs=offsets), x.shape[0], order, token,
-                    k, fused)
+        y = combine(grouped_product(a, w_out.transpose(1, 2), offsets), x.shape[0], order, token, k,
+                    fused)
         ctx.save_for_backward(x, w_in, w_out, weight, order, token, offsets, h)
         ctx.k = k
         ctx.activation = activation
@@ -294,15 +317,15 @@ class GroupedExperts(torch.autograd.Function):
         kernel = fused and use_triton(dy)
         # 3. backwards: each pair gets its token's gradient.
         d_rows = gather(dy, order, token, k, fused)                                     # (P, d)
-        da = F.grouped_mm(d_rows, w_out, offs=offsets)                                  # (P, w)
+        da = grouped_product(d_rows, w_out, offsets)                                    # (P, w)
         # 2. backwards, which also makes the activation again, in the memory of da.
         dh, d_weight, a = gated_activation_backward(da, h, weight, ctx.activation, kernel)
-        d_w_out = F.grouped_mm(d_rows.T, a, offs=offsets)                               # (E, d, w)
+        d_w_out = grouped_product(d_rows.T, a, offsets)                                 # (E, d, w)
         # Free three (P, .) tensors before the rows of x are gathered again.
         del d_rows, da, a
         # 1. backwards.
-        d_w_in = F.grouped_mm(dh.T, gather(x, order, token, k, fused), offs=offsets)
-        dx = combine(F.grouped_mm(dh, w_in, offs=offsets), x.shape[0], order, token, k, fused)
+        d_w_in = grouped_product(dh.T, gather(x, order, token, k, fused), offsets)
+        dx = combine(grouped_product(dh, w_in, offsets), x.shape[0], order, token, k, fused)
         return dx, d_w_in, d_w_out, d_weight, None, None, None, None, None, None
 
 

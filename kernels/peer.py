@@ -24,21 +24,23 @@ from kernels.common import (ACTIVATION_GRADS, ACTIVATIONS, activate, ceil_div, c
                             power_of_2, slices, tl, triton, use_triton)
 
 
-def launch_shape(d, itemsize, rows, row_bytes):
+def launch_shape(d, itemsize, rows, warp_bytes):
     """((rows that a program holds at a time, their padded width), warps) for rows of d elements:
-    at most `rows` rows and 16 KiB, one warp per `row_bytes` of a row, 1 to 4 warps."""
-    # A warp reads 512 bytes at once, 16 a thread. With less of a row than that, threads of one warp
-    # hold the same elements, and each does the work of its neighbours again: so one warp per 512
-    # bytes, where many rows keep a program busy (READ: 8 rows, R of them for each token). Where a
-    # program has few rows (SUM: most experts have two pairs or so), 2 at a time leave few masked,
-    # and one warp takes the whole row. Above 2 KiB of a row its registers would spill.
+    at most `rows` rows and 16 KiB; a warp for each `warp_bytes` of a row, 1 to 4 of them."""
     width = power_of_2(d)
-    size = width * itemsize
-    return (max(1, min(rows, 16384 // size)), width), min(4, max(1, size // row_bytes))
+    row_bytes = width * itemsize
+    held = max(1, min(rows, 16384 // row_bytes))
+    return (held, width), max(1, min(4, row_bytes // warp_bytes))
 
 
-READ = 8, 512               # rows, row_bytes of the kernels that read the table
-SUM = 2, 2048               # of those that sum its gradient
+# A warp reads 512 bytes at once, 16 a thread. Warps beyond the number of such pieces in a row hold
+# the same columns of other rows, and each step must then add up the warps' sums through shared
+# memory, where all wait for all. Hence one warp for 512 bytes of a row, and 8 rows at a time, in
+# the passes token by token, which have R rows to read. An expert has P / E pairs on average, often
+# 2: of more rows at a time most would be masked, and one warp takes whole rows, up to 2 KiB. Wider
+# ones get more warps, because one would run out of registers.
+BY_TOKEN = 8, 512
+BY_EXPERT = 2, 2048
 
 
 def gather_rows(table, idx, dtype):
@@ -100,7 +102,7 @@ def peer_forward(x, table, idx, gate, activation, kernel=None):
     y = torch.empty_like(x)
     h = torch.empty_like(gate, dtype=torch.float32)
     if N:
-        blocks, warps = launch_shape(d, table.element_size(), *READ)
+        blocks, warps = launch_shape(d, table.element_size(), *BY_TOKEN)
         _peer_forward_kernel[(N,)](
             x, table, idx, gate, y, h, d, idx.shape[1], activation, *blocks, num_warps=warps)
     return y, h
@@ -166,7 +168,7 @@ def peer_backward_tokens(dy, table, idx, gate, h, activation, kernel=None):
     a = torch.empty_like(h)
     d_gate = torch.empty_like(h)
     if N:
-        blocks, warps = launch_shape(d, table.element_size(), *READ)
+        blocks, warps = launch_shape(d, table.element_size(), *BY_TOKEN)
         _peer_backward_tokens_kernel[(N,)](
             dy, table, idx, gate, h, dx, dh, a, d_gate, d, idx.shape[1], activation, *blocks,
             num_warps=warps)
@@ -174,8 +176,8 @@ def peer_backward_tokens(dy, table, idx, gate, h, activation, kernel=None):
 
 
 # ---- backward, expert by expert: the table's gradient ----
-# PARTS is 2: u gets dh x and v gets a dy. The sub-keys of product_keys.py are a table too, with
-# PARTS 1: u alone, and then nothing reads DY and A.
+# PARTS 2: u gets dh x and v gets a dy. PARTS 1: a table (E, 1, d) of u alone gets dh x, and DY and
+# A are not read. The sub-keys of product_keys.py are such a table.
 #
 # Routing can be skewed: an expert may have no pair, or most of them. One program per expert takes
 # the expert's first SHARE pairs. The pairs beyond are its overflow. The sorted pairs are also cut
@@ -229,12 +231,13 @@ def sum_pairs(X, DY, DH, A, ORDER, p, end, D: tl.constexpr, R: tl.constexpr, PAR
         pair = tl.load(ORDER + i, mask=live, other=0)
         row = (pair // R)[:, None] * D + col
         x = tl.load(X + row, mask=mask, other=0.0)
-        dh = tl.load(DH + pair, mask=live, other=0.0)
         if PARTS == 2:
             dy = tl.load(DY + row, mask=mask, other=0.0)
+        dh = tl.load(DH + pair, mask=live, other=0.0)
+        du += tl.sum(dh[:, None] * x.to(tl.float32), 0)
+        if PARTS == 2:
             a = tl.load(A + pair, mask=live, other=0.0)
             dv += tl.sum(a[:, None] * dy.to(tl.float32), 0)
-        du += tl.sum(dh[:, None] * x.to(tl.float32), 0)
         p += BLOCK_P
     return du, dv
 
@@ -303,8 +306,9 @@ def _peer_table_kernel(X, DY, DH, A, ORDER, OFFSETS, PARTIAL, OUT, D: tl.constex
 
 
 def sum_by_expert(x, dy, dh, a, idx, out, accumulate, share, blocks, warps):
-    """Runs both kernels. out (E, 2, d) gets dh x and a dy of each expert's pairs; out (E, 1, d) gets
-    dh x, whatever dy and a are. All tensors are contiguous. Shapes: see `peer_backward_table`."""
+    """Runs both kernels. out (E, 2, d) gets dh x and a dy of each expert's pairs; out (E, 1, d)
+    gets dh x alone, and dy and a are not read. All tensors are contiguous. The other arguments are
+    those of `peer_backward_table` and what `launch_shape` gives."""
     E, parts, d = out.shape
     R = idx.shape[1]
     order, offsets = sort_pairs(idx, E)
@@ -340,7 +344,7 @@ def peer_backward_table(x, dy, dh, a, idx, n_expert, out=None, accumulate=False,
     if out is None:
         out = torch.empty(n_expert, 2, d, dtype=torch.float32, device=x.device)
         accumulate = False
-    shape = launch_shape(d, x.element_size(), *SUM)
+    shape = launch_shape(d, x.element_size(), *BY_EXPERT)
     sum_by_expert(x, dy, dh, a, idx, out, accumulate, share, *shape)
     return out
 

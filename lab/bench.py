@@ -144,7 +144,7 @@ def run(options):
     budget, whole = LIMITS[options.shapes]
     warmup, repeats = ROUNDS[device, options.shapes]
     print(f"{machine_name(device)}; median of {repeats} interleaved rounds, or of as many as fit "
-          f"into {budget} s", flush=True)
+          f"into {budget} s each", flush=True)
     size = dict(size=8192, copy_mib=2048) if device == "cuda" else {}
     machine = find_machine(device, warmup, repeats, **size, budget=budget,
                            end=start + whole - LAST_CALL)

@@ -1,8 +1,9 @@
 """Pictures of runs: python -m lab.plots RUN_DIR [RUN_DIR ...] writes PNGs into the run folders.
 
-    loss.png     one run: training and validation loss; several runs: the validation loss of each
-    load.png     each sparse layer: every expert's share of the work over training
-    usage.png    PEER and PKM: experts used, unevenness, and all experts sorted by use
+    loss.png     one run: training and validation loss
+    compare.png  several runs, in the folder of the first: the validation loss of each
+    load.png     several experts: each one's share of the work over training, layer by layer
+    usage.png    very many, as in PEER: experts used, unevenness, and all experts sorted by use
     ancestry.png models made from others, or trained on: the runs that they come from
 
 Each figure is a function that returns a Figure; colours and type are those of lab/drawing/style.py.
@@ -22,8 +23,9 @@ from matplotlib.ticker import MaxNLocator
 from data.batches import EvalBatches
 from data.prepare import prepared
 from lab.drawing.ancestry import ancestry_figure
-from lab.drawing.logs import column, describe, differences, open_run, ratio, smooth
-from lab.drawing.style import BLUE, GREY, LOADS, PALETTE, RED, frame, new_figure, save
+from lab.drawing.logs import (LogError, column, describe, differences, open_run, ratio,
+                              smooth)
+from lab.drawing.style import AMOUNTS, BLUE, GREY, PALETTE, RED, frame, new_figure, save
 from model import load_model
 from runtime.checkpoint import has_run
 from runtime.config import Ending, Parser, parse
@@ -36,11 +38,17 @@ def loss_figure(run):
     log, curves = run.log, []
     figure = new_figure(11, 6.5, run.name, describe(run))
     ax = figure.subplots()
-    # Training loss: each logged step faint, the moving average on top.
+    # Training loss: each logged step faint, the moving average on top; of a long log the least and
+    # the largest loss of each group of rows, between which its steps lie.
     step, loss = column(log, "loss")
     if len(step):
         curves.append((step, smooth(loss)))
-        ax.plot(step, loss, color=BLUE, alpha=0.25, linewidth=0.8)
+        low, high = (column(log, name)[1] for name in ("loss_low", "loss_high"))
+        if np.array_equal(low, high):
+            ax.plot(step, loss, color=BLUE, alpha=0.25, linewidth=0.8)
+        else:
+            ax.fill_between(step, low, high, color=BLUE, alpha=0.25, linewidth=0,
+                            label="training, least to largest")
         ax.plot(*curves[0], color=BLUE, label=f"training, smoothed (last {curves[0][1][-1]:.3f})")
     # Validation loss: over all corpora, and dashed on each, if there are several.
     for i, name in enumerate(["val_loss"] + [name for name in log if name.startswith("val_loss_")]):
@@ -70,42 +78,51 @@ def loss_figure(run):
 def compare_figure(runs):
     """Validation loss over tokens, one curve per run, the best first in the legend; in bits per
     byte where the runs' tokenizers differ. A run without evaluations shows its training loss,
-    smoothed and dotted."""
-    factors = [ratio(run.log, "val_bpb", "val_loss") for run in runs]
+    smoothed and dotted; one without any loss yet is named in the legend."""
+    factors = [ratio(run.log, "val_bpb", "val_loss") for run in runs if len(run.log["step"])]
     bits = min(factors) > 0 and max(factors) > 1.005 * min(factors)
     figure = new_figure(11, 6.5, "Validation loss", differences(runs))
-    ax, curves = figure.subplots(), []
+    ax, curves, lines = figure.subplots(), [], []
     for i, run in enumerate(runs):
-        step, loss = column(run.log, "val_bpb" if bits else "val_loss")
-        note = ""
+        step, loss, note = compared(run, bits)
         style = ["-", "--", "-."][i // len(PALETTE) % 3]        # more runs than colours
-        if not len(step):                               # no evaluation: the training loss
-            step, loss = column(run.log, "loss")
-            loss = smooth(loss)
-            note = ", training"
+        if note:
             style = ":"
-        if len(step):
-            curves.append((step * ratio(run.log, "tokens", "step") / 1e6, loss))
-            ax.plot(*curves[-1], style, marker="o" if len(step) < 40 else "",
-                    color=PALETTE[i % len(PALETTE)], label=f"{run.name} ({loss.min():.3f}{note})")
+        tokens = step * ratio(run.log, "tokens", "step") / 1e6
+        best = f"{loss.min():.3f}{note}" if len(loss) else "no row yet"
+        line, = ax.plot(tokens, loss, style, marker="o" if 0 < len(loss) < 40 else "",
+                        color=PALETTE[i % len(PALETTE)], label=f"{run.name} ({best})")
+        lines.append((loss.min() if len(loss) else math.inf, line))
+        if len(loss):
+            curves.append((tokens, loss))
     ax.set(xlabel="training tokens (millions)",
            ylabel="bits per byte" if bits else "cross-entropy (nats per token)")
     if curves:
         frame(ax, curves)
-        best_first = np.array(ax.lines)[np.argsort([loss.min() for _, loss in curves],
-                                                   kind="stable")]
-        ax.legend(handles=list(best_first), title="run (best)", alignment="left")
+    best_first = [line for _, line in sorted(lines, key=lambda pair: pair[0])]
+    ax.legend(handles=best_first, title="run (best)", alignment="left")
     return figure
+
+
+def compared(run, bits):
+    """(steps, loss, note) of a run beside others: its validation loss, in bits per byte or in nats,
+    or else its training loss."""
+    step, loss = column(run.log, "val_bpb" if bits else "val_loss")
+    if len(loss):
+        return step, loss, ""
+    step, loss = column(run.log, "loss")
+    return step, smooth(loss), ", training" if len(loss) else ""
 
 
 def load_figure(run):
     """Maps of the experts' load over training, one per sparse layer, then the load of each layer's
     busiest expert, then the share of pairs dropped, if any was. None where the log knows of no
-    experts."""
-    log, layers = run.log, run.log["expert_load"]
+    layer with several experts."""
+    log = run.log
+    layers = {i: load for i, load in log["expert_load"].items() if load.shape[1] > 1}
     step, share = column(log, "max_expert_share")
     step_dropped, dropped = column(log, "dropped")
-    if not len(share):
+    if not len(share) or log["expert_load"] and not layers:
         return None
     # Maps six to a column, below them one or two panels over the whole width.
     wide = math.ceil(len(layers) / 6) or 1
@@ -118,7 +135,7 @@ def load_figure(run):
     maps = [figure.add_subplot(grid[n % tall, n // tall], sharex=below[0])
             for n in range(len(layers))]
     # A map for each layer, and its busiest expert as a line below.
-    many = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    many = AMOUNTS(np.linspace(0, 0.9, len(layers)))
     depth = PALETTE if len(layers) <= len(PALETTE) else many
     for ax, (i, load), colour in zip(maps, layers.items(), depth):
         image, middle, relative = load_map(ax, log["step"], load)
@@ -129,7 +146,7 @@ def load_figure(run):
                               aspect=10 * tall)
         bar.minorticks_off()
         bar.ax.set_yticklabels(["¼", "½", "even", "2", "4"])
-        bar.set_label("load: share × E (black: no token)")
+        bar.set_label("load: share × E (white: no token)")
         below[0].axhline(1, color=GREY, linestyle=":")
         below[0].set(ylabel="busiest\n(share × E)", ylim=(0, None))
         below[0].legend(ncols=6, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
@@ -154,10 +171,10 @@ def load_map(ax, step, load, columns=200):
     total = np.array([load[group].sum(0) for group in groups])
     relative = total / total.sum(1, keepdims=True) * load.shape[1]
     edges = np.append([step[group[0]] for group in groups], step[rows[-1]] + 1)
-    # Draw them on a logarithmic scale; an expert without a token is masked, which shows it black.
+    # Draw them on a logarithmic scale; an expert without a token is masked, which shows it white.
     image = ax.pcolormesh(edges, np.arange(load.shape[1] + 1) - 0.5,
                           np.ma.masked_equal(relative, 0).T,
-                          norm=LogNorm(1 / 4, 4), cmap=LOADS)
+                          norm=LogNorm(1 / 4, 4), cmap=AMOUNTS)
     ax.set_ylabel("expert")
     ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     ax.grid(False)
@@ -166,8 +183,8 @@ def load_map(ax, step, load, columns=200):
 
 
 def usage_figure(run, loads, source):
-    """PEER and PKM: share of experts used in a step, unevenness, and all experts sorted by use from
-    loads {layer: (N,)}, counted over `source`; without loads only the first two."""
+    """Very many experts: share of them used in a step, unevenness, and all experts sorted by use
+    from loads {layer: (E,)}, counted over `source`; without loads only the first two."""
     figure = new_figure(13 if loads else 11, 6.5, f"{run.name}: use of the experts", describe(run))
     grid = figure.add_gridspec(2, 2 if loads else 1)
     for i, (name, scale, label) in enumerate([("experts_used", 100, "experts used\nin a step (%)"),
@@ -189,10 +206,10 @@ def usage_figure(run, loads, source):
 
 
 def usage_histogram(ax, load, label="", color=BLUE):
-    """All N experts sorted by use: load (N,), accumulated router weight, as a multiple of its mean,
+    """All E experts sorted by use: load (E,), accumulated router weight, as a multiple of its mean,
     over the experts in percent. Accumulate over a whole validation set: few tokens cannot reach a
     million experts."""
-    # Shares z of the weight; unevenness is log N + sum z log z (PEER 2407.04153, sec. 3.3).
+    # Shares z of the weight; unevenness is log E + sum z log z (PEER 2407.04153, sec. 3.3).
     z = np.sort(np.asarray(load, float))[::-1] / np.sum(load)
     used = (z > 0).mean()
     uneven = math.log(len(z)) + (z[z > 0] * np.log(z[z > 0])).sum()
@@ -208,7 +225,7 @@ def usage_histogram(ax, load, label="", color=BLUE):
 
 
 def validation_loads(run):
-    """{layer: (N,)} router weight of each expert over the run's validation batches, by its best
+    """{layer: (E,)} router weight of each expert over the run's validation batches, by its best
     checkpoint: the log does not hold a million loads a row. Raises CheckpointError, DataError."""
     model, config, tokenizer, _ = load_model(run.folder)
     loads = {}
@@ -226,12 +243,16 @@ def validation_loads(run):
 # --- the program ---
 
 def draw(runs, out=None):
-    """Writes the figures of these runs; yields each path once it is written. Raises what its parts
-    raise."""
-    figure = loss_figure(runs[0]) if len(runs) == 1 else compare_figure(runs)
-    yield save(figure, Path(out) if out else runs[0].folder / "loss.png")
+    """Writes the figures of these runs; yields each path once it is written. out: where the figure
+    of the loss goes, a file or a folder. Raises what its parts raise."""
+    if len(runs) == 1:
+        name, figure = "loss.png", loss_figure(runs[0])
+    else:                                   # no run's own picture is written over
+        name, figure = "compare.png", compare_figure(runs)
+    place = Path(out or runs[0].folder)
+    yield save(figure, place / name if place.is_dir() else place)
     for run in runs:
-        if run.config and run.config.ffn.kind in ("peer", "pkm"):
+        if any(layer.many for layer in run.layers) and len(run.log["step"]):
             source = "the last tenth of training"
             late = len(run.log["step"]) * 9 // 10
             loads = {i: np.nansum(load[late:], 0) for i, load in run.log["expert_load"].items()}
@@ -262,11 +283,16 @@ def main(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR",
                         help="run folders; several are compared")
-    parser.add_argument("--out", metavar="FILE", help="the loss figure (default: RUN_DIR/loss.png)")
+    parser.add_argument("--out", metavar="FILE", help="the figure of the loss, or a folder for it "
+                        "(default: the first RUN_DIR)")
     with Ending() as end:
         options, _ = parse(parser, argv)
         made = [folder for folder in options.runs if is_made(folder)]
-        runs = [open_run(folder) for folder in options.runs if folder not in made]
+        left = [folder for folder in options.runs if folder not in made]
+        runs = [open_run(folder, begun=len(left) == 1) for folder in left]
+        if runs and not any(len(run.log["step"]) for run in runs):
+            raise LogError("none of these runs has logged a step yet; let them go on, then draw "
+                           "them again")
         for path in chain(draw(runs, options.out) if runs else [], *map(draw_ancestry, made)):
             print(path)
     return end.status

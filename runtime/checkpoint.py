@@ -16,8 +16,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from data.binfile import explain
 from data.tokenizers import Tokenizer
 from runtime import parallel

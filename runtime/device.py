@@ -1,5 +1,7 @@
 """What a run computes with: device, arithmetic, compiler."""
 import contextlib
+import functools
+import os
 
 import torch
 
@@ -73,3 +75,31 @@ def precision(device, dtype):
 def as_trained(model):
     """Context in which a model computes as in its own training's evaluation."""
     return precision(next(model.parameters()).device, model.config.train.dtype)
+
+
+# ---- threads, of what is sampled: a step of training adds up its numbers in an order that depends on theirs
+
+
+SMALL = 1e8             # FLOPs of a step below which a second thread costs more than it takes over
+
+
+def choose_threads(asked, flops, device):
+    """Sets how many threads compute steps of this many FLOPs, and returns that as text: `asked`, or where that
+    is 0 one for small steps on a CPU; else, and with OMP_NUM_THREADS set, torch's own number."""
+    small = device == "cpu" and flops < SMALL and not os.environ.get("OMP_NUM_THREADS")
+    if asked or small:
+        torch.set_num_threads(asked or 1)
+    n = torch.get_num_threads()
+    return f"{n} thread{'s' if n > 1 else ''}"
+
+
+def own_threads(run):
+    """A function that may choose its number of threads; afterwards it is as before."""
+    @functools.wraps(run)
+    def restored(*args):
+        before = torch.get_num_threads()
+        try:
+            return run(*args)
+        finally:
+            torch.set_num_threads(before)
+    return restored

@@ -8,7 +8,7 @@ from pathlib import Path
 from data.binfile import DataError, explain
 from data.console import plain
 from runtime import memory
-from runtime.streams import Words, give_up, interrupted, open_streams
+from runtime.streams import Stream, give_up, interrupted, open_streams
 from runtime.terminal import PLAIN
 
 ROOT = Path(__file__).parents[1]
@@ -27,14 +27,19 @@ def quoted(path):
     return shlex.quote("./" + text if text.startswith("-") else text)
 
 
+def typed():
+    """The folder of this repository as the user typed it to start the program; the current one where that is
+    not known."""
+    path = Path(sys.argv[0])
+    return path.parent if path.suffix == ".py" and path.resolve().parent == ROOT else Path()
+
+
 def program(name):
-    """How to call a program of this folder ("train.py", "lab.plots"), by the path that the user has typed."""
-    typed = Path(sys.argv[0])
-    ours = typed.suffix == ".py" and typed.resolve().parent == ROOT
-    folder = typed.parent if ours else Path()
+    """How to call a program of this repository from here: "train.py", "lab.plots"."""
+    folder = typed()
     if name.endswith(".py"):
         return f"python {quoted(folder / name)}"
-    return f"{'' if folder == Path() else f'PYTHONPATH={quoted(folder)} '}python -m {name}"
+    return f"python -m {name}" if folder == Path() else f"PYTHONPATH={quoted(folder)} python -m {name}"
 
 
 class Ending:
@@ -55,9 +60,8 @@ class Ending:
         self.streams = sys.stdout, sys.stderr
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")    # a terminal that is not UTF-8 gets question marks
-        sys.stderr = Words(sys.stderr)
-        if not self.output:
-            sys.stdout = Words(sys.stdout)
+        sys.stdout, sys.stderr = Stream(sys.stdout, may_fail=self.output), Stream(sys.stderr)
+        self.stdout = sys.stdout
         # the imports are over: from here on Ctrl-C is an exception
         self.alone = signal.getsignal(signal.SIGINT) is interrupted
         if self.alone:
@@ -66,7 +70,7 @@ class Ending:
 
     def __exit__(self, kind, error, trace):
         lost = self.lost_output(kind)
-        if lost and (kind is None or issubclass(kind, (OSError, SystemExit))):
+        if lost and kind in (None, SystemExit):
             error = lost
         told = self.judge(error, lost)
         if told and self.speak():
@@ -79,13 +83,12 @@ class Ending:
 
     def lost_output(self, kind):
         """The error of what could not be written to stdout, or None."""
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError) as e:
-            give_up(sys.stdout)
-            return e
+        with contextlib.suppress(OSError, ValueError):
+            self.stdout.flush()
+        if self.stdout.failed:
+            give_up(self.stdout.stream)
         # words alone may be lost, but not the text of --help
-        return sys.stdout.failed if not self.output and kind is SystemExit else None
+        return self.stdout.failed if self.output or kind is SystemExit else None
 
     def judge(self, error, lost):
         """Sets the status of an error; returns what to tell, or None. The status stays 0 for an error that is

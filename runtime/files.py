@@ -134,5 +134,5 @@ def check_tensors(part, stated):
     found = table(part)
     if stated is not None and found != stated:
         name = next(n for n in [*stated, *found] if stated.get(n) != found.get(n))
-        raise ValueError(f"the tensor {name} is {found.get(name, 'missing')}, the header states "
-                         f"{stated.get(name, 'none')}")
+        is_so, says = (" ".join(map(str, of.get(name, ["missing"]))) for of in (found, stated))
+        raise ValueError(f"the tensor {name} is {is_so}, in the header {says}")

@@ -30,8 +30,8 @@ def refuse_unread(config, readers):
         tolerated = written or ("kind" in made or "router" in made if line else made)
         if who and config.get(key) != default.get(key) and not tolerated and not any(
                 in_effect(f, choice, value, readers) for choice, value in who):
-            wanted = " or ".join(f'ffn.{choice} = "{value}"' for choice, value in who)
-            config.fail(key, f"has no effect: it is read with {wanted}")
+            wanted = " or ".join(f'"{value}"' for _, value in who)
+            config.fail(key, f"has no effect: it is read with ffn.{who[0][0]} = {wanted}")
 
 
 def in_effect(f, choice, value, readers):

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+from settings import ConfigError
+
 PATIENCE = datetime.timedelta(hours=2)          # how long the others wait while rank 0 prepares data
 
 
@@ -35,15 +37,27 @@ def rank():
     return dist.get_rank() if world() > 1 else 0
 
 
+def told(name):
+    """A whole number that torchrun puts into the environment. Raises ConfigError if it is none."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise ConfigError(f"the environment variable {name} = {text!r} is no whole number; torchrun sets it")
+    return int(text)
+
+
 @contextlib.contextmanager
 def processes():
     """Joins the processes that torchrun started, if the caller has not. gloo carries settings and flags, on
     the CPU, which waits for no GPU; nccl what is on GPUs. Raises Lost for all the ways in which the end of
     another process shows."""
-    joins = int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_torchelastic_launched() and world() == 1
+    # without torchrun these variables mean nothing, whoever left them there
+    joins = dist.is_torchelastic_launched() and world() == 1 and told("WORLD_SIZE") > 1
     if joins:
+        number, local = told("RANK"), told("LOCAL_RANK")
+        if number >= told("WORLD_SIZE"):
+            raise ConfigError(f"the environment variable RANK = {number} is not below WORLD_SIZE")
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            torch.cuda.set_device(local % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=PATIENCE)
     try:
@@ -66,7 +80,8 @@ def own(device):
 
 def check(config, device):
     """Raises ConfigError for what this many processes cannot run."""
-    t, here = config.train, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    t = config.train
+    here = told("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ and world() > 1 else 1
     if t.batch_size % (t.grad_accum * world()):
         config.fail("train.batch_size", f"cannot be cut into train.grad_accum = {t.grad_accum} x {world()} "
                     "processes")

@@ -4,7 +4,6 @@ import csv
 import io
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -16,9 +15,10 @@ from tqdm import tqdm
 from data.binfile import explain
 from runtime import checkpoint, parallel
 from runtime.checkpoint import TrainingError
-from runtime.ending import program, quoted
+from runtime.ending import program, quoted, tell, typed
 from runtime.terminal import PLAIN
 from runtime.watch import Watch, usage
+from settings import ConfigError
 
 # The first columns of log.csv and their order. A row with another number gets a column for it: what train.step
 # returns, what a layer's Stats holds, what an evaluation measured.
@@ -28,10 +28,11 @@ COLUMNS = ["step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "lr", "gr
 MAX_LOGGED_EXPERTS = 1024                               # a million numbers do not belong in a row of a table
 
 def speaker(quiet):
-    """say(text) for lines beside the bar, on stderr; a terminal that is gone ends nothing."""
+    """say(text) for lines beside the bar, on stderr, control characters made visible; a terminal that is gone
+    ends nothing."""
     def say(text):
         with contextlib.suppress(OSError, ValueError):
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text.translate(PLAIN), file=sys.stderr)
     return (lambda text: None) if quiet else say
 
 
@@ -96,55 +97,64 @@ class Log:
             self.file.flush()
         except OSError as e:
             whole = self.path.stat().st_size * t.max_steps / max(1, self.trainer.done)
-            raise checkpoint.CheckpointError(explain(e, self.path, whole)) from None
+            with checkpoint.going_on(self.path.parent):
+                raise checkpoint.CheckpointError(explain(e, self.path, whole)) from None
         self.since = time.perf_counter()
 
 
 def cut_log(path, step, columns):
     """Makes log.csv ready for the rows after `step` and returns its columns, those of `columns` that it lacks
-    behind its own: a new one gets its header; an old one loses the rows that a resumed run will write again,
-    and a last row that a killed process left unfinished. Raises CheckpointError for a file that is no log."""
+    behind its own: a new one gets its header; an old one loses the rows that a resumed run will write again.
+    An editor, a spreadsheet or git may have touched it: its line ends, a mark at its begin, quotes. Tells
+    of lines that are no rows. Raises CheckpointError for a file that is no log."""
     with contextlib.ExitStack() as held:
         try:
-            old = held.enter_context(open(path, "rb")) if path.exists() else iter(())
+            old = held.enter_context(open(path, encoding="utf-8-sig", errors="replace"))
+        except FileNotFoundError:
+            old = iter(())
         except OSError as e:
-            raise checkpoint.CheckpointError(f"{path}: cannot be read ({e.strerror}); move it away") from None
-        first = next(old, b"")
-        found = header_of(first, columns)
+            raise checkpoint.CheckpointError(explain(e, path, done="read", remedy="move it away")) from None
+        first = next(old, "")
+        # a killed process may have left a part of the first line
+        begun = csv_line(columns).startswith(first) and not first.endswith("\n")
+        found = [] if begun else fields_of(first)
         if found and found[0] != "step":
             raise checkpoint.CheckpointError(f"{path}: is no log of a run, its first column is not `step`; "
                                              "move it away and --resume begins a new one")
-        # a column that is new is empty in the old rows, which may have any line ends
+        # a column that is new is empty in the old rows
         merged = found + [name for name in columns if name not in found]
-        more = b"," * (len(merged) - len(found)) + b"\r\n"
         new = held.enter_context(checkpoint.written(path))
-        new.write(csv_line(merged))
-        new.writelines(row.rstrip(b"\r\n") + more for row in old
-                       if is_whole(row, len(found)) and int(row.split(b",")[0]) <= step)
+        new.write(csv_line(merged).encode())
+        odd = []
+        for number, line in enumerate(old, 2):
+            row = fields_of(line)
+            if len(row) == len(found) and row[0].isdecimal():
+                if int(row[0]) <= step:
+                    new.write(csv_line(row + [""] * (len(merged) - len(found))).encode())
+            elif line.endswith("\n") and line.strip():          # else a killed process left a part of a row
+                odd.append(number)
+    if odd:
+        tell(f"note: {path}: {len(odd)} lines are no rows of the log and were left out, the first is line {odd[0]}")
     return merged
 
 
 def csv_line(fields):
-    """Fields as a line of a CSV file, in bytes."""
+    """Fields as a line of a CSV file."""
     text = io.StringIO(newline="")
     csv.writer(text).writerow(fields)
-    return text.getvalue().encode()
+    return text.getvalue()
 
 
-def header_of(line, columns):
-    """The columns that the first line of a log names; none of an empty file, or if a killed process left only
-    a part of the line."""
-    if csv_line(columns).startswith(line) and not line.endswith(b"\n"):
-        return []
+def fields_of(line):
+    """The fields of a line of a CSV file. Most have no quotes; csv refuses fields of a hundred thousand
+    characters, which loads of many experts can be."""
+    line = line.rstrip("\r\n")
+    if '"' not in line:
+        return line.split(",")
     try:
-        return next(csv.reader([line.decode("utf-8-sig", "replace").rstrip("\r\n")]), [])
+        return next(csv.reader([line]))
     except csv.Error:
-        return [""]
-
-
-def is_whole(row, n):
-    """Whether a line of log.csv, as bytes, is a step's row of n fields."""
-    return row.count(b",") == n - 1 and row.split(b",")[0].isdigit()
+        return [line]
 
 
 def to_numbers(row, trainer, watch):
@@ -174,18 +184,20 @@ def to_numbers(row, trainer, watch):
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop asks for between steps; the second stops at
-    once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) into a flag that the loop asks for
+    between steps; the second Ctrl-C or SIGTERM stops at once. SIGHUP stays ignored under nohup."""
 
     def __init__(self):
         self.received, self.name = 0, None
 
     def __enter__(self):
-        self.old = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        hangup = [s for s in [getattr(signal, "SIGHUP", None)] if s and signal.getsignal(s) != signal.SIG_IGN]
+        self.old = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM, *hangup)}
         return self
 
     def receive(self, number, frame):
-        if self.received:
+        # a terminal that is closed may send SIGHUP twice, and SIGTERM after it
+        if self.received and getattr(signal, "SIGHUP", None) not in (self.received, number):
             raise KeyboardInterrupt
         self.received = number
 
@@ -210,11 +222,16 @@ def progress(trainer, quiet):
 
 
 def describe(trainer, say, arithmetic):
-    """Says what is about to run. Raises ValueError for a layer that cannot compute as asked."""
+    """Says what is about to run. Raises ConfigError for a layer that cannot compute as asked."""
     config, model, t = trainer.config, trainer.model, trainer.config.train
     params, dtype = model.num_params(), getattr(torch, t.dtype)
-    kinds = [f"{config.ffn.kind} in layers {model.sparse}", model.blocks[model.sparse[0]].ffn.describe(dtype)] \
-        if model.sparse else ["dense"]
+    kinds = ["dense"]
+    if model.sparse:
+        try:
+            how = model.blocks[model.sparse[0]].ffn.describe(dtype)
+        except ValueError as e:
+            raise ConfigError(str(e)) from None
+        kinds = [f"{config.ffn.kind} in layers {model.sparse}", how]
     say(f"model      {config.model.n_layer} layers, {config.model.n_embd} wide, {', '.join(filter(None, kinds))}\n"
         f"           {params.total:,} parameters, {params.active:,} active, "
         f"{model.flops_per_token() / 1e6:.2f} MFLOP a token forward\n"
@@ -231,18 +248,20 @@ def describe(trainer, say, arithmetic):
 
 def finish(trainer, out, stop, sample, say):
     """The last words: a sample, if there is one, the result, what to do next."""
-    t, here = trainer.config.train, shlex.quote(str(out))
+    t, resume = trainer.config.train, f"{program('train.py')} --out {quoted(out)} --resume"
     if stop.asked():
         return say(f"stopped by {stop.name} after step {trainer.done}; everything is saved. Go on with:\n"
-                   f"  python train.py --out {here} --resume")
+                   f"  {resume}")
     if sample:
-        say(f"--- sample ---\n{sample.translate(PLAIN)}\n--------------")
+        say(f"--- sample ---\n{sample}\n--------------")
     prompt = " --prompt \"def \"" if "python" in trainer.config.data.names else ""
     experts = " --show_experts" if trainer.model.sparse else ""
-    size = (out / checkpoint.LAST).stat().st_size / 2**20
+    last = out / checkpoint.LAST
+    size = f"; a checkpoint is {last.stat().st_size / 2**20:,.1f} MiB" if checkpoint.there(last) else ""
     say(f"best validation loss {trainer.best:.4f} nats a token; {trainer.done} steps took "
-        f"{trainer.seconds:.0f} s; a checkpoint is {size:,.1f} MiB. Next:\n"
-        f"  python sample.py {here}{prompt}{experts}\n"
-        f"  python -m lab.plots {here}\n"
-        f"  python train.py --out {here} --resume --train.max_steps {2 * t.max_steps}\n"
-        f"  python train.py configs/dense.toml        # other models: ls configs")
+        f"{trainer.seconds:.0f} s{size}. Next:\n"
+        f"  {program('sample.py')} {quoted(out)}{prompt}{experts}\n"
+        f"  {program('lab.plots')} {quoted(out)}\n"
+        f"  {resume} --train.max_steps {2 * t.max_steps}\n"
+        f"  {program('train.py')} {quoted(typed() / 'configs/dense.toml')}"
+        f"        # other models: ls {quoted(typed() / 'configs')}")

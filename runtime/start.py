@@ -1,10 +1,11 @@
 """From command lines to what programs need: for train.py config, text and checkpoint, for sample.py options."""
 import math
+import os
 import tempfile
 from pathlib import Path
 
 from data.prepare import prepared
-from runtime import checkpoint, parallel
+from runtime import checkpoint, memory, parallel
 from runtime.config import Parser, add_settings, check_run, parse
 from runtime.device import resolve_device
 from settings import ConfigError
@@ -33,23 +34,25 @@ def open_run(argv, held, load_config, check, more):
     """(config, run folder, Checkpoint to go on from or None, quiet) that a command line asks for; the folder
     stays locked until the ExitStack `held` closes. load_config, check: those of model.py."""
     options, overrides = parse(build_parser(more), argv)
-    given = options.config or options.resume and options.out
+    given = options.config is not None or options.resume and options.out
     path = options.config if given else str(ROOT / "configs" / "quick.toml")
-    out = Path(options.out or Path("runs") / Path(path).stem)
+    if options.out == "":
+        raise ConfigError("--out is empty; give a folder")
+    out = Path(os.path.expanduser(options.out or Path("runs") / Path(path).stem))
     held.enter_context(checkpoint.Lock(out))
     if options.resume:
         saved = checkpoint.load_last(out)
-        changed = load_config(options.config or out / "config.toml", overrides)
+        changed = load_config(out / "config.toml" if options.config is None else options.config, overrides)
         return check_run(check(checkpoint.resume_config(out, saved, changed))), out, saved, options.quiet
     config = load_config(path, overrides)
     checkpoint.check_free(out, options.overwrite, [config.train.init_from, config.lifelong.teacher])
     return config, out, None, options.quiet
 
 
-def make_ready(config, saved, quiet, check):
+def make_ready(config, saved, quiet, check, build=None):
     """What a run needs before its model is built: (config, Checkpoint to start from or None, folders of the
-    corpora, Tokenizer). check(config) completes another run's model (model.check). Writes nothing into the run
-    folder."""
+    corpora, Tokenizer). check(config) completes another run's model (model.check); build(config) makes the
+    model (GPT), to see whether it fits into memory. Writes nothing into the run folder."""
     t, device = config.train, resolve_device(config.train.device)
     parallel.check(config, device)
     origin = saved
@@ -64,6 +67,8 @@ def make_ready(config, saved, quiet, check):
         folders, tokenizer = prepared(config.data, quiet=quiet,
                                       checksums=saved.header.get("data") if saved else None)
     checkpoint.check_vocabulary(config, tokenizer, origin)
+    if build:
+        memory.check(config, device, build)
     return config, origin, folders, tokenizer
 
 
@@ -81,7 +86,8 @@ def sample_parser(about):
             ("top_k", 0, "K", "draw among the K likeliest tokens; 0: among all"),
             ("top_p", 1.0, "P", "draw among the fewest tokens that hold P of the probability, after top_k"),
             ("seed", 0, "S", "text number i is drawn with seed S + i"),
-            ("num", 1, "N", "texts to generate, as one batch")]:
+            ("num", 1, "N", "texts to generate, as one batch"),
+            ("threads", 0, "N", "threads on a CPU; 0: one where steps are small, else torch's number")]:
         parser.add_argument(f"--{name}", metavar=meta, type=type(default), default=default,
                             help=f"{meaning} (default: {default if default != '' else 'empty'})")
     parser.add_argument("--show_experts", metavar="LAYER", nargs="?", const="last",
@@ -98,9 +104,10 @@ def sample_parser(about):
 def check_sample(o):
     """Raises ConfigError for an option of sample.py outside its range."""
     for fine, name, rule in [
-            (o.tokens >= 1, "tokens", "at least 1"), (o.num >= 1, "num", "at least 1"),
+            (o.tokens >= 1, "tokens", "at least 1"), (1 <= o.num < 2**31, "num", "at least 1, below 2^31"),
+            (0 <= o.threads <= 1024, "threads", "at least 0 and at most 1024"),
             (0 <= o.temperature < math.inf, "temperature", "at least 0 and finite"),
-            (o.top_k >= 0, "top_k", "at least 0"), (0 < o.top_p <= 1, "top_p", "above 0 and at most 1"),
+            (0 <= o.top_k < 2**62, "top_k", "at least 0, below 2^62"), (0 < o.top_p <= 1, "top_p", "above 0 and at most 1"),
             (0 <= o.seed < 2**62, "seed", "at least 0 and below 2^62")]:
         if not fine:
             raise ConfigError(f"--{name} {getattr(o, name)} must be {rule}")

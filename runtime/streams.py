@@ -4,12 +4,12 @@ import os
 import sys
 
 
-class Words:
-    """A stream whose writing never fails: a terminal that is gone, a reader that left and a full disk cost the
-    words alone. failed: the first error, or None."""
+class Stream:
+    """A standard stream that remembers its first failure (failed, else None). Of words (may_fail=False) writing
+    never fails: a terminal that is gone, a reader that left and a full disk cost the words alone."""
 
-    def __init__(self, stream):
-        self.stream, self.failed = stream, None
+    def __init__(self, stream, may_fail=False):
+        self.stream, self.may_fail, self.failed = stream, may_fail, None
 
     def write(self, text):
         return self.attempt(self.stream.write, text)
@@ -22,6 +22,8 @@ class Words:
             return do(*text)
         except (OSError, ValueError) as e:                      # ValueError: the stream was closed
             self.failed = self.failed or e
+            if self.may_fail:
+                raise
             give_up(self.stream)
 
     def __getattr__(self, name):

@@ -2,6 +2,8 @@
 import codecs
 from collections import Counter
 
+from settings import ConfigError
+
 # What a terminal would obey, as visible signs: an untrained byte model writes escape codes too.
 CONTROLS = {i: 0x2400 + i for i in range(32)} | {127: 0x2421} | {i: 0xFFFD for i in range(128, 160)}
 PLAIN = {i: sign for i, sign in CONTROLS.items() if chr(i) not in "\t\n"}
@@ -21,6 +23,15 @@ def plain_pieces(steps, tokenizer, prompt, num, table):
         new = [d.decode(tokenizer.decode_bytes([i])) for d, i in zip(decoders, step.ids.tolist())]
         yield [text.translate(table) for text in new]
     yield [d.decode(b"", final=True) for d in decoders]
+
+
+def pick_layer(text, sparse):
+    """The sparse layer that --show_experts names. Raises ConfigError."""
+    if not sparse:
+        raise ConfigError("--show_experts: every layer of this model is dense, it has no experts to show")
+    if text != "last" and not (text.isdecimal() and text in map(str, sparse)):
+        raise ConfigError(f"--show_experts {text}: the sparse layers are {', '.join(map(str, sparse))}")
+    return sparse[-1] if text == "last" else int(text)
 
 
 class Marker:

@@ -14,8 +14,13 @@ SPIKE, SPIKES, MEMORY = 10.0, 3, 100
 EARLY = 20              # norms before there is a median to speak of
 # an expert is idle: IDLE steps without a token, in which an even share would have been MISSED pairs
 IDLE, MISSED = 100, 1000
-# a router is stuck: for STUCK steps, fewer than COLLAPSED * k experts did all the work
-COLLAPSED, STUCK = 1.25, 50
+# a router is stuck: for STUCK steps it was nearly as uneven as it can be. As the number of experts that do the
+# work, n exp(-unevenness), it was not more than COLLAPSED of the way from k to n (at most to 2 k); or the
+# busiest expert got BUSY of the tokens. After a resume KNOWN steps suffice: those before may have been so, too.
+COLLAPSED, BUSY, STUCK, KNOWN = 0.25, 0.9, 50, 5
+# or its probabilities are flat: the busiest expert has FLAT times the mean load, and the balance loss is at the
+# minimum of most of them, 1, within EVEN
+FLAT, EVEN = 3.0, 0.005
 
 
 def usage(load):
@@ -35,7 +40,7 @@ class Watch:
         self.layers, self.say, self.said = {i: model.blocks[i].ffn for i in model.sparse}, say, set()
         self.norms, self.spikes = deque(maxlen=MEMORY), deque(maxlen=SPIKES)
         self.missed = {}                            # layer -> steps (E,) and pairs (E,) since the last token
-        self.stuck = dict.fromkeys(self.layers, 0)  # layer -> steps
+        self.stuck = {}                             # (what, layer) -> steps
 
     def warn(self, about, step, what, remedy):
         if about not in self.said:
@@ -53,13 +58,22 @@ class Watch:
                           "smaller train.grad_clip")
         self.norms.append(norm)
 
-    def experts(self, step, loads, unevenness):
-        """loads: (E,) of each sparse layer; unevenness: log E minus the entropy of each, nats."""
-        for (layer, ffn), load, uneven in zip(self.layers.items(), loads, unevenness):
+    def experts(self, step, loads, unevenness, losses=()):
+        """loads: (E,) of each sparse layer; unevenness: log E minus the entropy of each, nats; losses: balance
+        loss of each before its coefficient, 0 without one."""
+        losses = [float(loss) for loss in losses] or [0.0] * len(loads)
+        for (layer, ffn), load, uneven, loss in zip(self.layers.items(), loads, unevenness, losses):
             if not ffn.many and len(load) > 1 and "idle" not in self.said:
                 self.idle_experts(step, layer, ffn, load)
             if ffn.steerable:
-                self.collapse(step, layer, ffn, len(load), uneven)
+                self.collapse(step, layer, ffn, load, uneven, loss)
+
+    def for_long(self, what, layer, step, true):
+        """Whether something was true of a layer in the last STUCK steps."""
+        # a first look at a later step is that of a resumed run
+        before = self.stuck.get((what, layer), max(0, min(step - 1, STUCK - KNOWN)))
+        self.stuck[what, layer] = before + 1 if true else 0
+        return self.stuck[what, layer] >= STUCK
 
     def idle_experts(self, step, layer, ffn, load):
         """An expert without a token is dead once an even share would have been MISSED pairs. A frozen one is
@@ -78,11 +92,23 @@ class Watch:
             self.warn("idle", step, f"{len(dead)} of {len(load)} experts of layer {layer} got no token in "
                       f"{IDLE} steps and learn nothing: {some}", ffn.remedy())
 
-    def collapse(self, step, layer, ffn, n, uneven):
-        """n exp(-uneven) is the number of experts that do the work: k if all tokens go to the same ones."""
-        k = ffn.n_active
-        few = n >= 2 * k and n * math.exp(-uneven) < COLLAPSED * k
-        self.stuck[layer] = self.stuck[layer] + 1 if few else 0
-        if self.stuck[layer] >= STUCK:
-            self.warn("collapse", step, f"the router of layer {layer} collapsed: for {STUCK} steps nearly "
-                      f"all tokens went to the same {k} of {n} experts", ffn.remedy())
+    def collapse(self, step, layer, ffn, load, uneven, loss):
+        """The same few experts for nearly all tokens, by entropy and by share; or a loss that does not see it."""
+        n, k = len(load), ffn.n_active
+        share = (load.max() / load.sum()).item()
+        # n exp(-uneven) is the number of experts that do the work: k if all tokens go to the same ones
+        room = min(k, n - k)
+        few = n > k and n * math.exp(-uneven) < k + COLLAPSED * room
+        if self.for_long("few", layer, step, few):
+            self.warn("collapse", step, f"the router of layer {layer} collapsed: for {STUCK} steps nearly all "
+                      f"tokens went to the same {k} of {n} experts", ffn.remedy())
+        # one of a token's k choices can be this expert: share k of the tokens go there, k / n of an even load
+        busy = n >= 2 * k and not ffn.many and share * k > BUSY + (1 - BUSY) * k / n
+        if self.for_long("busy", layer, step, busy):
+            self.warn("collapse", step, f"the router of layer {layer} collapsed: for {STUCK} steps one of {n} "
+                      f"experts got nearly all tokens, now {min(1.0, share * k):.0%}", ffn.remedy())
+        flat = share * n > FLAT and abs(loss - 1) < EVEN
+        if self.for_long("flat", layer, step, flat):
+            self.warn("collapse", step, f"the balance loss of layer {layer} is {loss:.2f}, as of an even load, but "
+                      f"the busiest of {n} experts has {share * n:.1f} times the mean: the router's "
+                      "probabilities are nearly equal, so that the loss does not see it", ffn.remedy())

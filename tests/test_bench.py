@@ -1,6 +1,8 @@
 """lab/bench.py: what it writes and refuses, and that its numbers mean what they say. No time is
 tested."""
 import json
+import math
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -22,7 +24,7 @@ from lab.timing.peer import PEERShape
 TINY_MOE = MoEShape(T=64, d=32, E=8, k=2, n=16)
 TINY_PEER = PEERShape(m=16, d=32, h=2, k=4, T=64, d_key=16)
 KEYS = ["bench", "device", "shape", "path", "dtype", "direction", "ms", "ratio_to_dense", "tflops",
-        "ceiling_share", "peak_mib", "saved_mib"]
+        "ceiling_share", "peak_mib", "saved_mib", "note"]
 
 
 @pytest.fixture
@@ -32,7 +34,10 @@ def machine():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The program with one tiny shape for each bench; returns its main."""
+    """The program with one tiny shape for each bench and time enough, on a machine that emulates
+    nothing; returns its main."""
+    monkeypatch.setattr(bench, "LIMITS", {"quick": (math.inf, math.inf)})
+    monkeypatch.setattr(measure, "EMULATED", math.inf)
     small = {"model.n_layer": 1, "model.n_embd": 32, "model.block_size": 16, "train.batch_size": 2,
              "ffn.d_ff": 32}
     dense = bench.model_config(**small, **{"ffn.kind": "dense"})
@@ -52,8 +57,10 @@ def written_rows(main, name, path):
     for row in rows:
         assert list(row) == KEYS == list(measure.KEYS)
         assert (row["bench"], row["device"]) == (name, "cpu")
-        assert row["direction"] in ("fwd", "fwd+bwd") and row["dtype"] in ("float32", "bfloat16")
-        assert row["ms"] > 0 and all(row[key] is None or row[key] >= 0 for key in KEYS[6:])
+        assert row["direction"] in ("fwd", "fwd+bwd") or row["path"] == "all"
+        assert row["dtype"] in ("float32", "bfloat16")
+        assert (row["ms"] or 0) > 0 or row["note"]
+        assert all(row[key] is None or row[key] >= 0 for key in KEYS[6:-1])
     ceilings = [row for row in rows if row["path"].startswith("ceiling")]
     assert len(ceilings) == 3 and all(row["ceiling_share"] == 1 for row in ceilings)
     return [row for row in rows if row not in ceilings]
@@ -67,12 +74,13 @@ def test_moe_rows(tiny, tmp_path, capsys):
             some = [row for row in rows if (row["direction"], row["dtype"]) == (direction, dtype)]
             assert ours <= {row["path"] for row in some} and some[0]["ratio_to_dense"] == 1
     assert {row["shape"] for row in rows} == {"T64 d32 E8 k2 n16"}
-    assert not any(row[key] is None for row in rows for key in KEYS)
+    assert not any(row[key] is None for row in rows for key in KEYS[:-1] if row["path"] in ours)
     printed = capsys.readouterr().out
     assert "equal active FLOPs" in printed and "x dense" in printed
     table = printed[printed.index("  path"):].split("\n\n")[0].splitlines()
     # aligned
-    assert len(table) == 1 + len(rows) // 2 and len({len(line) for line in table}) == 1
+    assert len(table) == 1 + len(rows) // 2
+    assert len({len(line) for line, row in zip(table, [rows[0], *rows]) if not row["note"]}) == 1
 
 
 def test_model_rows(tiny, tmp_path, capsys):
@@ -126,7 +134,7 @@ def test_a_wrong_path_stops_the_bench(tiny, tmp_path, capsys, monkeypatch, path,
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "path grouped is wrong" in error and what in error
     rows = json.loads((tmp_path / "rows.json").read_text())
-    # the tables before it are kept
+    # the ceilings are kept
     assert rows and all(row["path"].startswith("ceiling") for row in rows)
 
 
@@ -175,25 +183,106 @@ def test_paths_are_right_under_every_skew():
     assert loads["empty"][:2].sum() == 0 and (loads["empty"][2:] > 0).all()
 
 
-def test_transformers_experts_join_in(monkeypatch):
-    """A stand-in for transformers.integrations.moe, with its signature, which reads what that
-    reads."""
-    def grouped_mm_experts_forward(self, hidden, top_k_index, top_k_weights):
-        out = torch.zeros_like(hidden)
-        for t in range(len(hidden)):
-            for e, w in zip(top_k_index[t].tolist(), top_k_weights[t]):
-                h = self._apply_gate((self.gate_up_proj[e] @ hidden[t])[None])[0]
-                out = out.index_add(0, torch.tensor([t]), (w * (self.down_proj[e] @ h))[None])
-        return out
+# ---- other packages ----
 
-    monkeypatch.setattr(bench_moe, "grouped_mm_experts_forward", grouped_mm_experts_forward)
-    paths = bench_moe.paths_of("cpu")
+class Theirs(torch.nn.Linear):
+    """Another package's layer, which answers with more than its output."""
+
+    def forward(self, x):
+        return super().forward(x), "logits"
+
+
+def broken(*_):
+    raise AttributeError("module has no attribute\n_moe")
+
+
+class BrokenLater(torch.nn.Linear):
+    def forward(self, x):
+        return broken()
+
+
+@pytest.mark.parametrize("name, module, builder", [("moe", bench_moe, "mixtral_block"),
+                                                   ("peer", bench_peer, "peer_pytorch")])
+@pytest.mark.parametrize("build, note", [
+    (lambda *_: Theirs(32, 32), None),
+    (broken, "cannot run: AttributeError: module has no attribute _moe"),
+    (lambda *_: BrokenLater(32, 32), "cannot run: AttributeError: module has no attribute _moe")])
+def test_a_peer_is_a_line_whatever_it_does(tiny, tmp_path, capsys, monkeypatch, name, module,
+                                           builder, build, note):
+    monkeypatch.setattr(module, "version_of", lambda package: "9.9")
+    monkeypatch.setattr(module, builder, build)
+    monkeypatch.setattr(module, "dtypes_of", lambda *_: (torch.float32,), raising=False)
+    rows = [row for row in written_rows(tiny, name, tmp_path / "rows.json")
+            if row["path"].endswith(" 9.9")]
+    assert [row["direction"] for row in rows] == ["fwd", "fwd+bwd"]
+    assert {row["note"] for row in rows} == {note}
+    assert all((row["ms"] is None) == (note is not None) for row in rows)
+    lines = [line for line in capsys.readouterr().out.splitlines() if " 9.9 " in line]
+    assert len([line for line in lines if (note or "") in line]) >= 2
+
+
+def test_the_real_peers_run_where_they_are_installed():
+    pytest.importorskip("transformers")
     shape = MoEShape(T=6, d=16, E=4, k=2, n=8)
-    paths = {name: paths[name] for name in ("loop", "transformers")}
-    layers = bench_moe.build_layers(shape, torch.float32, "cpu", paths)
-    x, dy = (torch.randn(1, 6, 16) for _ in range(2))
-    ctx = Context(torch.zeros(1, 6, dtype=torch.long))
-    bench_moe.check_layers(shape, torch.float32, layers, x.requires_grad_(), dy, ctx)
+    (peer,) = bench_moe.peers_of(shape, torch.float32, "cpu").values()
+    y, _ = peer(torch.randn(1, 6, 16, requires_grad=True), None)
+    y.sum().backward()
+    assert y.shape == (1, 6, 16)
+    assert bench_moe.peers_of(shape._replace(shared=1), torch.float32, "cpu") == {}
+
+
+# ---- limits ----
+
+def test_an_emulated_dtype_is_one_line(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure.Machine, "emulates", lambda self, dtype: dtype == torch.bfloat16)
+    rows = written_rows(tiny, "moe", tmp_path / "rows.json")
+    (row,) = [row for row in rows if row["dtype"] == "bfloat16"]
+    assert row["path"] == "all" and row["ms"] is None and "emulated" in row["note"]
+    assert len([line for line in capsys.readouterr().out.splitlines() if "emulated" in line]) == 1
+
+
+def test_emulation_shows_in_the_products():
+    machine = measure.Machine("cpu", 1, 1, {torch.float32: 9e9, torch.bfloat16: 1e9}, 1)
+    assert machine.emulates(torch.bfloat16) and not machine.emulates(torch.float32)
+
+
+def test_no_table_is_begun_when_the_time_is_over(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "LIMITS", {"quick": (1, bench.LAST_TABLE)})
+    rows = written_rows(tiny, "model", tmp_path / "rows.json")
+    assert [row["note"] for row in rows] == ["not measured: the time is over"] * 2
+    printed = capsys.readouterr().out
+    assert printed.index("interleaved rounds") < printed.index("ceilings")
+    assert "[table 1 of 2; at most 0:5" in printed and "[table 2 of 2; " in printed
+
+
+def test_a_budget_bounds_the_rounds_of_each_contestant(machine):
+    calls = []
+
+    def slow(i):
+        calls.append("slow")
+        time.sleep(0.2)
+
+    arms = {"dense": measure.Contestant(lambda i: calls.append("dense")),
+            "slow": measure.Contestant(slow)}
+    limited = machine._replace(budget=0.1, repeats=5)
+    dense, late = measure.measure(limited, "moe", "s", torch.float32, "fwd", arms)
+    # a first call, its memory, one round; the other has a warm-up and five
+    assert calls.count("slow") == 3 and calls.count("dense") == 2 + 1 + 5
+    assert late["ms"] > 150 and dense["note"] is late["note"] is None
+    over = machine._replace(end=time.perf_counter() + 0.3)
+    dense, late = measure.measure(over, "moe", "s", torch.float32, "fwd", arms)
+    assert late["note"] == "one call, for the time is over" and late["ms"] > 150
+    assert late["peak_mib"] is None
+    rows = measure.measure(machine._replace(end=0), "moe", "s", torch.float32, "fwd", arms)
+    assert [row["note"] for row in rows] == ["not measured: the time is over"] * 2
+    measure.print_table(rows)
+
+
+def test_time_left():
+    assert bench.time_left(10, 0, 4, 180) == "at most 2:50 left"
+    assert bench.time_left(10, 1, 4, 180) == "about 0:30 left"
+    assert bench.time_left(100, 1, 4, 180) == "at most 1:20 left"
+    assert bench.time_left(5, 0, 4, math.inf) == "time left unknown yet"
 
 
 # ---- what the numbers mean ----
@@ -227,7 +316,7 @@ def test_ratio_is_the_median_of_paired_ratios(monkeypatch, machine):
     rows = measure.measure(machine, "moe", "s", torch.float32, "fwd", arms)
     assert [row["ratio_to_dense"] for row in rows] == [1, 1.5, 1, 3]
     assert rows[1] == dict(zip(KEYS, ("moe", "cpu", "s", "a", "float32", "fwd", 3, 1.5, 2, 0.16667,
-                                      0, 7)))
+                                      0, 7, None)))
 
 
 def test_contestants_take_turns_and_so_do_inputs():
@@ -245,7 +334,8 @@ def test_a_contestant_without_memory_gets_a_row_without_a_time(machine):
     arms = {"dense": measure.Contestant(lambda i: torch.ones(9)),
             "big": measure.Contestant(too_much, 1.0, 1.0)}
     dense, big = measure.measure(machine, "moe", "s", torch.float32, "fwd", arms)
-    assert dense["ms"] > 0 and [big[key] for key in KEYS[6:]] == [None] * 6
+    assert dense["ms"] > 0 and [big[key] for key in KEYS[6:-1]] == [None] * 6
+    assert big["note"] == "does not fit into memory"
     measure.print_table([dense, big])
 
 

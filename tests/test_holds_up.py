@@ -1,12 +1,17 @@
 """What users and machines do to a run: kills, full disks, folders that cannot be written, files that are not
 what they should be, settings at random. tests.torture does the same for as long as asked."""
+import ast
 import contextlib
 import json
 import os
 import random
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +27,11 @@ from data import prepare as preparing
 from grow import btx, lifelong
 from lab import experiment, plots
 from lab.papers import evaluate
-from runtime import checkpoint
+from runtime import checkpoint, report
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="for systems with a POSIX shell")
+ROOT_ALONE = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
+                                reason="only root can become another user")
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +160,7 @@ def test_folders_that_cannot_be_written_are_one_line_and_what_only_reads_works(h
         assert call(sample.main, disk / "run", "--tokens", 3).status == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
-                    reason="only root can become another user")
+@ROOT_ALONE
 def test_another_users_folder_is_one_line(home, tmp_path):
     """As user nobody, who reads but does not write."""
     code = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from runtime import checkpoint; os.setuid(65534)\n"
@@ -160,6 +168,53 @@ def test_another_users_folder_is_one_line(home, tmp_path):
             "except checkpoint.CheckpointError as e: print(e)")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "Permission denied" in said.stdout and "--out" in said.stdout, said.stderr
+
+
+AS_NOBODY = """
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import sample, train
+from torture.home import call
+os.chdir({folder!r})
+run, new = "locked/run", "open/new"
+common = ["empty.toml", "--quiet", "--train.max_steps", "1", "--data.dir", "open/data", "--data.name", "one.txt"]
+call(train.main, *common, "--out", "open/warm")                         # while Python may read its own folder
+os.setuid(65534)
+for main, *argv in [
+        (sample.main, run), (train.main, *common, "--out", new, "--train.init_from", run),
+        (train.main, *common, "--out", new, "--lifelong.distill", "1", "--lifelong.teacher", run),
+        (train.main, *common, "--out", run), (train.main, *common, "--out", run, "--overwrite"),
+        (train.main, "--out", run, "--resume"), (train.main, run + "/config.toml", "--out", new),
+        (sample.main, "mute"), (train.main, *common, "--out", new, "--train.init_from", "mute"),
+        (train.main, "--out", "mute", "--resume")]:
+    result = call(main, *argv)
+    print(result.status, result.out.strip() + result.err.strip().replace(chr(10), " | "))
+"""
+
+
+@ROOT_ALONE
+def test_what_a_user_may_not_read_is_one_line_that_says_so(home):
+    """As user nobody: a folder that is locked, and a folder whose checkpoints cannot be read."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copytree(home.folder / "moe", folder / "locked" / "run")
+        mute = shutil.copytree(home.folder / "moe", folder / "mute")
+        for path in mute.glob("ckpt_*"):
+            path.chmod(0)
+        (folder / "open").mkdir()
+        for path in (mute, mute / "run.lock", folder / "open"):
+            path.chmod(0o777)
+        (folder / "locked").chmod(0)
+        (folder / "empty.toml").write_text("")
+        shutil.copy(home.folder / "one.txt", folder)
+        code = AS_NOBODY.format(root=str(ROOT), folder=name)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        lines = done.stdout.splitlines()
+        assert len(lines) == 10 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+        for line in lines:
+            assert re.match(r"[12] error: .*(locked|mute).*Permission denied", line), line
+            assert " | " not in line and "not a checkpoint" not in line, line
 
 
 def test_a_folder_in_the_place_of_a_file_and_a_missing_folder(home, tmp_path):
@@ -253,6 +308,37 @@ def test_a_log_that_is_empty_or_cut_goes_on_and_another_one_is_refused(home, tmp
     assert (run / "log.csv").read_bytes() == b"a,b\r\n1,2\r\n"
 
 
+@pytest.mark.parametrize("touch", [
+    lambda log: log.replace(b"\r\n", b"\n"), lambda log: log.replace(b"\r\n", b"\r"), lambda log: log.rstrip(b"\r\n"),
+    lambda log: b"\xef\xbb\xbf" + log, lambda log: re.sub(rb"(^|,)([^,\r\n]+)", rb'\1"\2"', log, flags=re.M),
+    lambda log: log.replace(b"\r\n", b"\r\n\r\n"), lambda log: log.replace(b"\r\n", b"\n").rstrip(b"\n"), lambda log: log],
+    ids=["lf", "cr", "no end", "mark", "quotes", "empty lines", "lf, no end", "as it was"])
+def test_a_log_that_an_editor_has_touched_is_read_as_what_it_is(touch, tmp_path, capsys):
+    path, many = tmp_path / "log.csv", " ".join(["8"] * 100_000)            # more than csv takes for a field
+    rows = [["step", "loss", "expert_load"], ["1", "0.5", ""], ["2", "0.25", many], ["3", "0.125", "x"]]
+    log = "".join(",".join(row) + "\r\n" for row in rows).encode()
+    if touch(log) != log and b'"' in touch(log):
+        log = log.replace(many.encode(), b"8 8")
+    path.write_bytes(touch(log))
+    assert report.cut_log(path, 3, ["step", "loss", "expert_load"]) == rows[0]
+    assert path.read_bytes() == log and capsys.readouterr().err == ""
+    path.write_bytes(touch(log))
+    assert report.cut_log(path, 1, ["step", "loss", "lr", "expert_load"]) == ["step", "loss", "expert_load", "lr"]
+    assert path.read_bytes() == b"step,loss,expert_load,lr\r\n1,0.5,,\r\n"
+
+
+def test_lines_of_a_log_that_are_no_rows_are_told(tmp_path, capsys):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"step,loss\n<<<<<<< HEAD\n1,0.5\n=======\n1;0.5\n2,0.25\n")
+    report.cut_log(path, 2, ["step", "loss"])
+    assert path.read_bytes() == b"step,loss\r\n1,0.5\r\n2,0.25\r\n"
+    assert "3 lines are no rows of the log and were left out, the first is line 2" in capsys.readouterr().err
+    path.write_bytes(b"step;loss\n1;0,5\n")
+    with pytest.raises(checkpoint.CheckpointError, match="its first column is not `step`"):
+        report.cut_log(path, 2, ["step", "loss"])
+    assert path.read_bytes() == b"step;loss\n1;0,5\n"
+
+
 @pytest.mark.parametrize("program, argv, where", [
     (train, [], "runtime.start.prepared"),
     (lifelong, ["expand", "x", "--add", "1", "--out", "y"], "grow.lifelong.expand"),
@@ -273,6 +359,167 @@ def test_a_text_one_token_short_of_a_window(home, tmp_path):
     wanted = {"data.dir": tmp_path, "data.name": tmp_path / "short.txt"}
     assert home.train(tmp_path / "fits", wanted | {"model.block_size": 9}).status == 0
     refused(home.train(tmp_path / "not", wanted | {"model.block_size": 10}), "val.bin", "model.block_size")
+
+
+# --- how programs are started, and what they say where nobody can hear it ---
+
+def shell(tmp_path, name, text, **env):
+    """Starts a line of the shell in tmp_path; its stdout and stderr go into files."""
+    with open(tmp_path / f"{name}.out", "w") as out, open(tmp_path / f"{name}.err", "w") as err:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | env
+        return subprocess.Popen(["sh", "-c", text], cwd=tmp_path, stdout=out, stderr=err, env=env)
+
+
+def said(tmp_path, name):
+    return (tmp_path / f"{name}.out").read_text(), (tmp_path / f"{name}.err").read_text()
+
+
+@POSIX
+def test_streams_that_cannot_be_written_end_no_training(home, tmp_path):
+    """Full, closed, left by the reader. A corpus is prepared first, which speaks as well."""
+    ways = {"full": "{} 2>/dev/full", "closed": "{} 2>&-", "both": "{} >&- 2>&-", "out": "{} >/dev/full",
+            "left": "({} 2>&1; echo $? >left.status) | true"}
+    started = {}
+    for name, way in ways.items():
+        settings = {"data.name": home.folder / "one.txt", "data.dir": tmp_path / f"{name}-data", "train.sample_tokens": 5}
+        line = shlex.join([str(word) for word in [sys.executable, ROOT / "train.py"] + home.command(name, settings)
+                           if word != "--quiet"])
+        started[name] = shell(tmp_path, name, way.format(line))
+    for name, process in started.items():
+        status = process.wait()
+        if name == "left":
+            status = int((tmp_path / "left.status").read_text())
+        assert status == 0, (name, said(tmp_path, name))
+        assert checkpoint.load(tmp_path / name / checkpoint.LAST).header["step"] == 2
+        log = (tmp_path / name / "log.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in log] == ["step", "0", "1", "2"]          # and nothing else in it
+
+
+@POSIX
+def test_text_that_cannot_be_written_is_a_failure_in_one_line(home, tmp_path):
+    words = shlex.join([sys.executable, str(ROOT / "sample.py"), str(home.folder / "moe"), "--tokens", "20"])
+    helps = shlex.join([sys.executable, str(ROOT / "train.py"), "--help"])
+    cases = {"full": (f"{words} >/dev/full", 1, "error: standard output cannot be written"),
+             "closed": (f"{words} >&-", 1, "error: standard output cannot be written"),
+             "both": (f"{words} >/dev/full 2>/dev/full", 1, ""), "help": (f"{helps} >/dev/full", 1, "error: standard"),
+             "words": (f"{words} 2>/dev/full", 0, ""), "left": (f"({words}; echo $? >&2) | true", 0, "141")}
+    started = {name: shell(tmp_path, name, line) for name, (line, _, _) in cases.items()}
+    for name, (_, status, start) in cases.items():
+        assert started[name].wait() == status, (name, said(tmp_path, name))
+        out, err = said(tmp_path, name)
+        assert err.startswith(start) and err.count("\n") <= 1 and "Traceback" not in err, (name, err)
+        assert (len(out) >= 20) == (name == "words")
+
+
+@POSIX
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_ctrl_c_while_importing_is_one_line(program, tmp_path):
+    """A torch that gets Ctrl-C as soon as it is imported."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(100)\n")
+    done = subprocess.run([sys.executable, ROOT / program, "x"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_an_old_python_is_told_which_one_is_needed(program):
+    for path in (ROOT / program, ROOT / "runtime" / "first.py"):
+        ast.parse(path.read_text("utf-8"), feature_version=(3, 7))
+    code = ("import runpy, sys; sys.version_info = (3, 9, 1, 'final', 0)\n"
+            f"runpy.run_path({str(ROOT / program)!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "Python 3.11 or newer is needed; this is Python 3.9\n"
+
+
+@POSIX
+def test_python_may_be_started_in_other_ways(home, tmp_path):
+    argv = [ROOT / "sample.py", home.folder / "moe", "--tokens", "5", "--prompt", "ü"]
+    ways = {"isolated": ["-I"], "safe path": ["-P"], "no docstrings": ["-OO"], "ascii": []}
+    started = {name: shell(tmp_path, name, shlex.join(map(str, [sys.executable, *options, *argv])),
+                           **({"PYTHONIOENCODING": "ascii"} if name == "ascii" else {})) for name, options in ways.items()}
+    for name, process in started.items():
+        assert process.wait() == 0 and "5 tokens in" in said(tmp_path, name)[1], said(tmp_path, name)
+    for name in ways:
+        assert said(tmp_path, name)[0][0] == ("?" if name == "ascii" else "ü")
+
+
+@pytest.mark.parametrize("name, value", [("WORLD_SIZE", ""), ("WORLD_SIZE", "two"), ("RANK", ""), ("RANK", "2"),
+                                         ("LOCAL_RANK", "x"), ("LOCAL_RANK", None)])
+def test_variables_of_torchrun_that_make_no_sense(name, value, home, tmp_path, monkeypatch):
+    for key, fine in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="", TORCHELASTIC_RUN_ID="x").items():
+        monkeypatch.setenv(key, fine)
+    monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
+    assert "environment" in refused(home.train(tmp_path / "run", {}), name)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")                   # nobody means them
+    assert home.train(tmp_path / "run", {}).status == 0
+
+
+def test_without_file_locks_it_says_what_that_means(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    result = home.train(tmp_path / "run", {})
+    assert result.status == 0 and "two runs in one folder are not prevented" in result.err
+
+
+# --- the commands that are proposed ---
+
+def proposed(text):
+    """The commands of this repository in a text, as words."""
+    found = re.findall(r"`(python [^`]*)`", text) + re.findall(r"^  (python .*)$", text, re.M)
+    return [shlex.split(line, comments=True) for line in found]
+
+
+def test_from_a_full_disk_every_proposed_command_leads_on(home, tmp_path):
+    with small_disk(tmp_path / "a disk", 4) as disk:
+        run = disk / "a run"
+        fill(disk, 40_000)                                      # enough for config and log, not for a checkpoint
+        first = refused(home.train(run, {}), "disk is full")
+        assert "run the command again with --overwrite" in first and not proposed(first)
+        (disk / "filler").unlink()
+        assert home.train(run, {}, "--overwrite").status == 0
+        # with a checkpoint: on from there
+        fill(disk, 40_000)
+        result = call(train.main, "--out", run, "--resume", "--quiet", "--train.max_steps", "5")
+        (words,) = proposed(refused(result, "disk is full"))
+        (disk / "filler").unlink()
+        assert words[:2] == ["python", "train.py"] and call(train.main, *words[2:], "--quiet").status == 0
+        assert checkpoint.load(run / checkpoint.LAST).header["step"] == 5
+        # the first command once more, and what it proposes
+        (words,) = proposed(refused(home.train(run, {}), "already holds a run"))
+        assert call(train.main, *words[2:], "--quiet").status == 0
+        # the best weights alone: nothing to go on from
+        for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+            (run / name).unlink()
+        again = refused(home.train(run, {}), "already holds a run", "--overwrite")
+        assert not proposed(again) and "--resume" not in again
+        refused(call(train.main, "--out", run, "--resume", "--quiet"), "--overwrite", "--train.init_from")
+        assert home.train(disk / "other", {"train.init_from": run} | {"train.keep": "last"}).status in (0, 2)
+        assert home.train(run, {}, "--overwrite").status == 0
+
+
+@pytest.mark.parametrize("name", ["-dash", "a folder", "it's", "-a b"])
+def test_what_a_run_proposes_at_its_end_works_from_there(name, home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"train.max_steps": 1}
+    argv = [word for word in home.command("x", settings) if word not in ("--out", "x", "--quiet")]
+    result = call(train.main, *argv, f"--out={name}")
+    assert result.status == 0 and (tmp_path / name / checkpoint.LAST).exists()
+    sampling, drawing, resuming, _ = proposed(result.err)
+    assert sampling[:2] == ["python", "sample.py"] and drawing[:3] == ["python", "-m", "lab.plots"]
+    assert call(sample.main, *sampling[2:], "--tokens", "3").status == 0
+    assert call(plots.main, *drawing[3:]).status == 0
+    assert call(train.main, *resuming[2:]).status == 0
+    assert checkpoint.load(tmp_path / name / checkpoint.LAST).header["step"] == 2
+
+
+@POSIX
+def test_from_another_folder_the_proposed_commands_work(home, tmp_path):
+    line = shlex.join(map(str, ["python", ROOT / "train.py", *home.command("a run", {"train.max_steps": 1})]))
+    assert shell(tmp_path, "train", line.replace(" --quiet", "")).wait() == 0, said(tmp_path, "train")
+    lines = [line.strip() for line in said(tmp_path, "train")[1].splitlines() if line.startswith(("  python", "  PYTHONPATH"))]
+    assert len(lines) == 4 and Path(shlex.split(lines[3])[2]).is_file()
+    for i, line in enumerate(lines[:3]):
+        assert shell(tmp_path, f"next{i}", line).wait() == 0, (line, said(tmp_path, f"next{i}"))
+    assert checkpoint.load(tmp_path / "a run" / checkpoint.LAST).header["step"] == 2
 
 
 # --- what is printed ---

@@ -21,7 +21,9 @@ from kernels import common, moe, peer as kernels_peer, product_keys
 from kernels.common import tl
 from kernels.moe import gated_activation, gated_activation_backward, permute, unpermute
 from kernels.peer import peer_backward_table, peer_backward_tokens, peer_forward
-from kernels.product_keys import product_key_topk
+from kernels.product_keys import product_key_topk, sub_key_gradient
+from ffn import Context
+from model import GPT, load_config
 from peer import cartesian_candidates
 
 CUDA = torch.cuda.is_available()
@@ -197,6 +199,21 @@ def test_peer_rows_wider_than_1024(kernel):
     peer_check(kernel, torch.float32, "gelu", peer_problem(2, 9, 1100, 6))
 
 
+@pytest.mark.parametrize("d, itemsize, by_token, by_expert", [
+    (1, 2, ((8, 1), 1), ((2, 1), 1)),
+    (256, 2, ((8, 256), 1), ((2, 256), 1)),
+    (512, 2, ((8, 512), 2), ((2, 512), 1)),
+    (256, 4, ((8, 256), 2), ((2, 256), 1)),
+    (768, 2, ((8, 1024), 4), ((2, 1024), 1)),
+    (512, 4, ((8, 512), 4), ((2, 512), 1)),
+    (1100, 4, ((2, 2048), 4), ((2, 2048), 4)),
+    (5000, 4, ((1, 8192), 4), ((1, 8192), 4))])
+def test_launch_shape(d, itemsize, by_token, by_expert):
+    """One warp for 512 bytes of a row, or for 2 KiB; never more than 16 KiB but for one row."""
+    assert kernels_peer.launch_shape(d, itemsize, *kernels_peer.BY_TOKEN) == by_token
+    assert kernels_peer.launch_shape(d, itemsize, *kernels_peer.BY_EXPERT) == by_expert
+
+
 @needs_kernel
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(counts=st.lists(st.sampled_from([0, 0, 1, 2, 3, 4, 5, 9, 14]), min_size=1, max_size=8),
@@ -246,7 +263,8 @@ def test_float32_table_takes_bfloat16_tokens():
 
 @needs_kernel
 @pytest.mark.parametrize("N, h, m, c, k", [(5, 2, 100, 20, 16), (1, 1, 300, 40, 5),
-                                           (66, 1, 16, 16, 16), (3, 1, 9, 3, 1)])
+                                           (66, 1, 16, 16, 16), (3, 1, 9, 3, 1), (2, 1, 200, 4, 70),
+                                           (1, 2, 64, 5, 64)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_product_key_topk_is_exact_with_ties_to_the_lower_index(N, h, m, c, k, tied):
     """Integers, so that any order of summation gives the same scores; `tied`: so small that most
@@ -256,11 +274,27 @@ def test_product_key_topk_is_exact_with_ties_to_the_lower_index(N, h, m, c, k, t
     sub_keys = randn(2, m, c).mul(high / 2).round()
     if tied:
         sub_keys[:, m // 2:] = sub_keys[:, :m - m // 2]
+    topk_check(q, sub_keys, k)
+
+
+def topk_check(q, sub_keys, k):
+    """The kernel's scores and indices are those of a stable sort."""
     scores, indices = product_key_topk(q, sub_keys, k, kernel=True)
     every = torch.einsum("nhpc,pmc->nhpm", q, sub_keys)
     wanted, order = every.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(scores, wanted[..., :k])
     assert torch.equal(indices.long(), order[..., :k])
+
+
+@needs_kernel
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "stairs"])
+def test_product_key_topk_takes_in_what_beats_the_kth(order, k):
+    """Scores in the worst and the best order, all equal, and equal in threes across tiles of 64."""
+    m = 150
+    n = torch.arange(float(m))
+    column = dict(ascending=n, descending=-n, equal=0 * n, stairs=-(n % 50))[order]
+    topk_check(torch.ones(2, 1, 2, 1, device=DEVICE), column[:, None].expand(2, m, 1).to(DEVICE), k)
 
 
 @kernel_or_twin
@@ -279,10 +313,52 @@ def test_product_key_topk_equals_torch_topk(kernel, dtype):
 
 @needs_kernel
 def test_product_key_topk_of_nan_gives_indices_in_range():
+    """A score that is NaN is never taken; ranks without a score are -inf at index 0."""
     q = randn(2, 1, 2, 16)
     q[0] = float("nan")
-    _, indices = product_key_topk(q, randn(2, 20, 16), 4, kernel=True)
-    assert indices.min() >= 0 and indices.max() < 20
+    sub_keys = randn(2, 70, 16)
+    kept = torch.tensor([5, 66], device=DEVICE)
+    holes = torch.full_like(sub_keys, float("nan"))
+    holes[:, kept] = sub_keys[:, kept]
+    for keys in (sub_keys, holes):
+        scores, indices = product_key_topk(q, keys, 4, kernel=True)
+        assert (scores[0] == float("-inf")).all() and not indices[0].any()
+    wanted, order = torch.einsum("hpc,pmc->hpm", q[1], sub_keys[:, kept]).sort(descending=True)
+    torch.testing.assert_close(scores[1, ..., :2], wanted)
+    assert torch.equal(indices[1, ..., :2].long(), kept[order])
+    assert (scores[1, ..., 2:] == float("-inf")).all() and not indices[1, ..., 2:].any()
+
+
+@kernel_or_twin
+@either_dtype
+@examples
+@given(N=st.integers(0, 9), h=st.integers(1, 3), m=st.sampled_from([4, 9, 40]),
+       c=st.sampled_from([1, 5, 16, 40]), k=st.integers(1, 4),
+       skew=st.sampled_from([0.0, 0.2, 1e9]), share=st.integers(1, 9))
+def test_sub_key_gradient(kernel, dtype, N, h, m, c, k, skew, share):
+    """Evenly chosen sub-keys, mostly the first ones, and always the same ones, against autograd of
+    the scores."""
+    q = randn(N, h, 2, c, dtype=dtype)
+    lean = skew * torch.arange(float(m), device=DEVICE)
+    indices = (randn(N, h, 2, m, seed=1) - lean).topk(k).indices.int()
+    d_scores = randn(N, h, 2, k, seed=2)
+    q64, sub_keys = exact(q, torch.zeros(2, m, c, device=DEVICE))
+    every = torch.einsum("nhpc,pmc->nhpm", q64, sub_keys)
+    every.gather(-1, indices.long()).backward(d_scores.double())
+    d_sub_keys = sub_key_gradient(q, d_scores, indices, m, kernel, share)
+    assert d_sub_keys.dtype == torch.float32
+    close(d_sub_keys, sub_keys.grad)
+
+
+@needs_kernel
+def test_sub_key_gradient_takes_strided_halves_and_repeats_itself():
+    q = randn(2, 6, 3, 8).permute(1, 2, 0, 3)                               # (N, h, 2, c)
+    indices = randn(6, 3, 2, 30).topk(4).indices.int()
+    d_scores = randn(1, 1, 1, 1).expand(6, 3, 2, 4)
+    first, again = (sub_key_gradient(q, d_scores, indices, 30, kernel=True, share=3)
+                    for _ in range(2))
+    assert torch.equal(first, again)
+    close(first, sub_key_gradient(q.double(), d_scores.double(), indices, 30, kernel=False))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 16, 31])
@@ -424,7 +500,7 @@ def test_peer_tokens_past_2_31(run_program, N, R, d, E):
     gate[-1:] = randn(1, R).sigmoid()
     few = idx[-1:] - (E - 3)
     wanted = peer_exact(x[-1:], dy[-1:], table[-3:], few, gate[-1:], "gelu")
-    blocks = kernels_peer.row_blocks(d, 8, 4)
+    blocks, _ = kernels_peer.launch_shape(d, 4, *kernels_peer.BY_TOKEN)
     run_program(kernels_peer._peer_forward_kernel, (N - 1, 0), x, table, idx, gate, y, h, d, R,
                 "gelu", *blocks)
     run_program(kernels_peer._peer_backward_tokens_kernel, (N - 1, 0), dy, table, idx, gate, h, dx,
@@ -433,11 +509,12 @@ def test_peer_tokens_past_2_31(run_program, N, R, d, E):
         close(actual[-1:], exact_one)
 
 
-def test_peer_table_past_2_31(run_program):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_peer_table_past_2_31(run_program, parts):
     """The last expert owns the sorted positions 2^31 - 2 to 2^31 + 9, in windows of 4, so that the
     last windows hold its overflow. Its row of the gradient, the scratch rows and the positions all
     pass 2^31, and so do the pairs, which are of the last token."""
-    share, R, d = 4, 2 ** 12, 4
+    share, R, d = 4, 2 ** 12, 8 // parts
     P, windows, E = BIG + 10, BIG // 4 + 3, BIG // 8 + 1
     order = untouched(P, dtype=torch.int64)
     pair = BIG + torch.arange(12)
@@ -451,13 +528,13 @@ def test_peer_table_past_2_31(run_program):
     x[-1], dy[-1] = 1.0, 10.0
     dh, a = (untouched(N * R, dtype=torch.float32) for _ in range(2))
     dh[pair] = a[pair] = torch.arange(1.0, 13.0)
-    partial, out = (untouched(n, 2, d, dtype=torch.float32) for n in (windows, E))
+    partial, out = (untouched(n, parts, d, dtype=torch.float32) for n in (windows, E))
     for window in range(windows - 3, windows):
         run_program(kernels_peer._peer_table_overflow_kernel, (window, 0), x, dy, dh, a, idx, order,
-                    offsets, partial, d, R, share, 4, 4)
+                    offsets, partial, d, R, parts, share, 4, d)
     run_program(kernels_peer._peer_table_kernel, (E - 1, 0), x, dy, dh, a, order, offsets, partial,
-                out, d, R, share, False, 4, 4)
-    assert torch.equal(out[-1], torch.tensor([[78.0], [780.0]]).expand(2, d))
+                out, d, R, parts, share, False, 4, d)
+    assert torch.equal(out[-1], torch.tensor([[78.0], [780.0]])[:parts].expand(parts, d))
 
 
 @pytest.mark.parametrize("N, h, c, k", [(2 ** 20 + 8, 8, 128, 2), (2 ** 23 + 8, 8, 2, 16)],
@@ -470,7 +547,7 @@ def test_product_key_topk_past_2_31(run_program, N, h, c, k):
     scores = untouched(N, h, 2, k, dtype=torch.float32)
     indices = untouched(N, h, 2, k, dtype=torch.int32)
     run_program(product_keys._product_key_topk_kernel, (-(-N // 64) - 1, 2 * h - 1), q, sub_keys,
-                scores, indices, N, 2 * h, 40, c, k, 64, 128, 32 if c > 16 else 16, k)
+                scores, indices, N, 2 * h, 40, c, k, *product_keys.topk_blocks(c, k))
     every = q[-8:, -1, 1] @ sub_keys[1].T
     wanted, order = every.sort(descending=True, stable=True)
     assert torch.equal(scores[-8:, -1, 1], wanted[:, :k])
@@ -526,3 +603,37 @@ def test_one_graph_under_compile():
     compiled = torch.compile(path, fullgraph=True, backend="inductor" if CUDA else "aot_eager")
     for actual, wanted in zip(compiled(*args), path(*args)):
         torch.testing.assert_close(actual, wanted)
+
+
+@either_dtype
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_a_mixture_compiles_in_either_dtype(dtype, activation):
+    """Forward and backward in one graph; the same numbers as eager."""
+    config = load_config(None, {
+        "model.vocab_size": 32, "model.n_layer": 1, "model.n_head": 2, "model.n_embd": 16,
+        "model.block_size": 8, "ffn.kind": "moe", "ffn.n_expert": 4, "ffn.top_k": 2,
+        "ffn.d_expert": 24, "ffn.activation": activation, "ffn.dispatch": "grouped"})
+    torch.manual_seed(0)
+    layer = GPT(config).blocks[0].ffn.to(DEVICE)
+    ctx = Context(torch.zeros(2, 8, dtype=torch.long, device=DEVICE))
+    results = []
+    torch._dynamo.reset()
+    for forward in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        x = randn(2, 8, 16).requires_grad_()
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            y, _ = forward(x, ctx)
+        dy = randn(2, 8, 16, seed=1).to(y.dtype)
+        results.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)])
+    for compiled, eager in zip(results[1], results[0]):
+        assert eager.abs().max() > 0
+        close(compiled, eager.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_the_opaque_product_has_the_shapes_that_it_says(dtype):
+    """A group of no rows, and rows that are columns: both forms that GroupedExperts uses."""
+    ends = torch.tensor([3, 3, 8], dtype=torch.int32, device=DEVICE)
+    a, dy, b = (randn(*shape, dtype=dtype) for shape in ((8, 16), (8, 24), (3, 24, 16)))
+    for args in ((a, b.transpose(1, 2), ends), (dy.T, a, ends)):
+        torch.library.opcheck(moe.opaque_product, args,
+                              test_utils=("test_schema", "test_faketensor"))

@@ -1,5 +1,8 @@
 """model.py: the silent bugs that only a whole model shows, for every feed-forward kind and every router."""
+import dataclasses
+import inspect
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -7,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from tiny import KINDS, LEARNED, ONE_EXPERT, ROUTERS, batch_of, config_of, model_of, run
 
-from balance import policy_loss
+from balance import LOSSES, OF_MICRO_BATCH, policy_loss
 from ffn import Dense
 from kernels.norm import NormOnCPU
-from model import GPT, Cache, RMSNorm, load_config, rotary_table, rotate, sparse_layers
+from model import GPT, Cache, RMSNorm, load_config, readers, rotary_table, rotate, sparse_layers
 from moe import MoE
-from runtime.config import all_fields
+from runtime.config import all_fields, read_config, to_toml
+from settings import ConfigError, FFNConfig
 
 ROOT = Path(__file__).parent.parent
 SPARSE = [kind for kind in KINDS if kind != "dense"]
@@ -363,6 +367,106 @@ def test_loss_chunks_give_the_same_loss_and_gradients(chunks):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+# ---- micro-steps
+
+MICRO = [(kind, {}) for kind in KINDS] + [("topk", more) for more in (
+    *({"ffn.balance": name} for name in LOSSES if name not in ("importance_load", "loss_free", "gshard")),
+    {"ffn.balance": "none"}, {"ffn.balance": "none", "ffn.z_loss": 1.0}, {"ffn.balance_loss": 0.0},
+    {"ffn.balance": "deepseek", "ffn.n_groups": 2, "ffn.device_loss": 1.0, "ffn.comm_loss": 1.0},
+    {"ffn.balance": "none", "ffn.capacity_factor": 0.5}, {"ffn.balance": "none", "ffn.eval_capacity_factor": 0.5},
+    {"ffn.balance": "none", "model.dropout": 0.2})] + [
+    ("switch", {"ffn.jitter": 0.0, "ffn.balance": "deepseek"}), ("switch", {"ffn.jitter": 0.0}),
+    ("sigmoid", {"ffn.balance_loss": 1.0, "ffn.z_loss": 1.0}), ("gshard", {"ffn.balance": "none"}),
+    ("peer", {"ffn.query_norm": "layernorm"}), ("pkm", {"ffn.query_norm": "none"})]
+
+
+def step_in_parts(kind, more, n):
+    """(names, gradients and what a step moves) of one step on a batch that is cut into n micro-steps."""
+    model = model_of(kind, {"ffn.balance_loss": 1.0} | more)
+    idx, targets, domain = batch_of(B=4)
+    loads = []
+    for i, part in enumerate(zip(idx.chunk(n), targets.chunk(n), domain.chunk(n))):
+        out = run(model, part[0], part[1], domain=part[2], seed=i)
+        ((out.loss + out.aux_loss) / n).backward()
+        loads.append([s.load for s in out.stats])
+    model.after_step([sum(layer) for layer in zip(*loads)])
+    numbers = [p.grad for p in model.parameters()] + [b for n, b in model.named_buffers() if n.endswith("router.bias")]
+    return model.per_micro_batch(), numbers
+
+
+@pytest.mark.parametrize("kind, more", MICRO, ids=str)
+def test_micro_steps_train_the_same_or_it_is_said(kind, more):
+    """The gradient of a batch is the mean of those of its halves where per_micro_batch() is empty, and only there.
+    (test_parallel: two processes train what one does.)"""
+    said, whole = step_in_parts(kind, more, 1)
+    _, halves = step_in_parts(kind, more, 2)
+    same = all((a - b).norm() <= 1e-4 * a.norm() + 1e-7 for a, b in zip(whole, halves))
+    assert same == (not said), said
+
+
+def test_what_is_equal_and_what_goes_by_a_micro_batch():
+    """The rule as it is written: deepseek, z-loss, loss-free, hash, soft are equal; the help names the others."""
+    assert set(LOSSES) - OF_MICRO_BATCH == {"deepseek", "loss_free"}
+    assert not any(model_of(kind).per_micro_batch() for kind in ("dense", "sigmoid", "hash", "soft", "domain"))
+    assert model_of("gshard", {"ffn.capacity_factor": 2.0}).per_micro_batch() == [
+        "ffn.router gshard", "ffn.capacity_factor 2.0", "ffn.balance gshard"]
+    text = dict(all_fields())["train.grad_accum"].metadata["help"]
+    assert all(name in text for name in (*OF_MICRO_BATCH, "capacity", "batchnorm", "dropout"))
+    assert model_of("gshard", {"model.dropout": 0.1}).differences() == ["ffn.router gshard", "model.dropout 0.1"]
+    assert model_of("peer").differences() == []                 # processes put the batch norm together
+
+
+# ---- settings that nothing reads
+
+@pytest.mark.parametrize("path, more, key, remedy", [
+    (None, {"ffn.jitter": 0.2}, "ffn.jitter", 'ffn.router = "switch"'),
+    (None, {"ffn.load_loss": 0.1}, "ffn.load_loss", 'ffn.balance = "importance_load"'),
+    ("olmoe", {"ffn.bias_rate": 0.1}, "ffn.bias_rate", 'ffn.balance = "loss_free"'),
+    ("olmoe", {"ffn.balance": "none", "ffn.balance_loss": 0.1}, "ffn.balance_loss", 'ffn.balance = "switch" or '),
+    ("olmoe", {"ffn.d_key": 16}, "ffn.d_key", 'ffn.kind = "peer" or "pkm"'),
+    ("peer", {"ffn.n_expert": 4}, "ffn.n_expert", 'ffn.kind = "moe"'),
+    ("peer", {"ffn.z_loss": 0.1}, "ffn.z_loss", 'ffn.kind = "moe"'),
+    ("pkm", {"ffn.peer_activation": "relu"}, "ffn.peer_activation", 'ffn.kind = "peer"'),
+    ("dense", {"ffn.moe_layers": [1]}, "ffn.moe_layers", 'ffn.kind = "moe" or "peer" or "pkm"'),
+    ("switch", {"ffn.route_scale": 2.0}, "ffn.route_scale", 'ffn.router = "topk" or "sigmoid"'),
+    ('router = "topk"\nhash_table = "balanced"', {}, "ffn.hash_table", 'ffn.router = "hash"'),
+    ('balance = "none"\nbalance_loss = 0.1', {}, "ffn.balance_loss", 'ffn.balance = "switch" or '),
+    ('kind = "dense"\nd_key = 16', {}, "ffn.d_key", 'ffn.kind = "peer" or "pkm"')])
+def test_a_setting_that_nothing_reads_is_refused_with_what_would(path, more, key, remedy, tmp_path):
+    if path and "=" in path:
+        (tmp_path / "own.toml").write_text(f"[ffn]\n{path}\n")
+        path = tmp_path / "own.toml"
+    elif path:
+        path = ROOT / "configs" / f"{path}.toml"
+    with pytest.raises(ConfigError) as refused:
+        load_config(path, more)
+    assert f"{key} = " in str(refused.value) and f"has no effect: it is read with {remedy}" in str(refused.value)
+    assert more == {} or f"--{key}" in str(refused.value)
+
+
+@pytest.mark.parametrize("path, more", [
+    ("olmoe", {"ffn.kind": "dense"}), ("olmoe", {"ffn.balance": "none"}), ("switch", {"ffn.router": "gshard", "ffn.top_k": 2}),
+    ("deepseek_v3", {"ffn.balance": "switch"}), ("olmoe", {"ffn.jitter": 0.01}),          # the default
+    ("peer", {"ffn.kind": "moe", "ffn.d_key": 32}), ("peer_markov", {"ffn.kind": "dense", "ffn.router": "noisy_topk"})])
+def test_what_another_choice_reads_may_be_left_behind(path, more, tmp_path):
+    """In a file whose choice the command line replaces, on a command line that chooses a kind or router (arms of
+    one experiment share settings), and in the config.toml of such a run, which holds every value."""
+    config = load_config(ROOT / "configs" / f"{path}.toml", more)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert load_config(tmp_path / "config.toml", {"train.max_steps": 7}).ffn == config.ffn
+
+
+def test_what_reads_a_setting_is_data_that_fits_the_code():
+    """Routers name the settings that their code uses; every name exists; without init_from alone it is asked."""
+    names = {spec.name for spec in dataclasses.fields(FFNConfig)}
+    assert {name for _, _, read in readers() for name in read} <= names
+    for name, router in ROUTERS.items():
+        used = set(re.findall(r"(?:\bc|\bconfig)\.(\w+)", inspect.getsource(router))) & names
+        assert used <= set(router.traits.reads) | {"top_k"}, name
+    assert load_config(None, {"train.init_from": "run", "ffn.gumbel_rate": 0.1}).ffn.gumbel_rate == 0.1
+    assert GPT(read_config(None, {"ffn.jitter": 0.2, "model.vocab_size": 9})).config.ffn.jitter == 0.2
+
+
 # ---- layouts
 
 @pytest.mark.parametrize("more,expected", [
@@ -451,7 +555,8 @@ def test_published_parameter_counts(name, total, active):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_preset_loads_and_runs(path):
-    config = load_config(path, [("model.block_size", "16"), ("ffn.n_keys", "16")])
+    small = [("ffn.n_keys", "16")] if "n_keys" in path.read_text() else []
+    config = load_config(path, [("model.block_size", "16"), *small])
     config.model.vocab_size = 64
     torch.manual_seed(0)
     model = GPT(config)

@@ -429,6 +429,29 @@ def test_capacity_slots_and_dropped_share(path, factor):
     assert torch.equal(stats.balance_loss, free.balance_loss) and torch.equal(stats.load, free.load)
 
 
+@pytest.mark.parametrize("factor, slots", [(1.1, 55), (0.07, 4), (1.15, 58), (1.1000001, 56), (2.2, 110)])
+def test_slots_are_rounded_up_from_the_exact_product(factor, slots):
+    """1.1 x 200 / 4 is 55; in floating point it is 55.00000000000001."""
+    layer = moe_of("topk", {"ffn.capacity_factor": factor, "ffn.dispatch": "loop"})
+    with torch.no_grad():
+        layer.router.score.weight.copy_(torch.tensor([3.0, 2.0, 0.0, -1.0])[:, None])       # two experts get all
+        _, stats = layer(torch.ones(10, 10, 16), Context(torch.zeros(10, 10, dtype=torch.long)))
+    assert stats.load.tolist() == [100, 100, 0, 0]
+    assert round(200 * (1 - float(stats.dropped))) == 2 * min(slots, 100)
+
+
+def test_the_first_screen_says_each_loss_with_its_coefficient():
+    for router, more, wanted in [
+            ("topk", {"ffn.balance_loss": 0.03}, "balance switch (balance_loss 0.03),"),
+            ("topk", {"ffn.balance": "none", "ffn.z_loss": 0.001}, "balance none (z_loss 0.001),"),
+            ("noisy_topk", {"ffn.load_loss": 0.2}, "importance_load (balance_loss 0.01, load_loss 0.2),"),
+            ("topk", {"ffn.balance": "deepseek", "ffn.n_groups": 2, "ffn.device_loss": 0.05},
+             "deepseek (balance_loss 0.01, device_loss 0.05),"),
+            ("sigmoid", {}, "loss_free (bias_rate 0.001),"), ("hash", {}, "balance none,"),
+            ("rl", {"ffn.rl_loss": 0.5}, "balance switch (balance_loss 0.01, rl_loss 0.5),")]:
+        assert wanted in moe_of(router, more).describe(torch.float32)
+
+
 def test_capacity_in_training_and_evaluation_apart():
     x, ctx = layer_input()
     for factor, key in (("train", "ffn.capacity_factor"), ("eval", "ffn.eval_capacity_factor")):

@@ -14,12 +14,12 @@ import kernels.peer
 import peer
 from ffn import Context, Dense
 from kernels import common, product_keys
+from kernels.peer import choose_path
 from kernels.product_keys import TopKLean
 from model import GPT, load_config
-from peer import (PEER, BatchNorm, cartesian_candidates, choose_path, retrieve,
-                  topk_readable)
+from peer import PEER, BatchNorm, cartesian_candidates, retrieve, topk_readable
 from runtime.watch import usage
-from settings import FFNConfig
+from settings import ConfigError, FFNConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAN_FUSE = common.use_triton(torch.zeros(1, device=DEVICE))
@@ -143,15 +143,28 @@ def test_readable_equals_the_formula(kind, settings):
 
 
 def test_one_expert_a_head_is_a_gathered_mlp():
-    """k = 1: softmax of one score is 1, and a token's h experts are the neurons of an MLP of its own."""
-    layer = make(peer_top_k=1, peer_heads=5).eval()
+    """k = 1: a token's h experts are the neurons of an MLP of its own, weighed by the sigmoid of their scores."""
+    layer = make(peer_top_k=1, peer_heads=5, peer_score="sigmoid").eval()
     x = randn(3, 4, 12)
     y, _ = layer(x, context(3, 4))
     flat = x.flatten(0, 1)
-    _, experts = retrieve(layer.queries(flat), layer.sub_keys, 1, layer.candidates, topk_readable)
+    scores, experts = retrieve(layer.queries(flat), layer.sub_keys, 1, layer.candidates, topk_readable)
     for t, e in enumerate(experts.flatten(1).long()):
         w_in, w_out = layer.table[e, 0], layer.table[e, 1].T                                # (h, d), (d, h)
-        torch.testing.assert_close(y.flatten(0, 1)[t], w_out @ F.gelu(w_in @ flat[t]))
+        gate = scores[t].flatten().sigmoid()
+        torch.testing.assert_close(y.flatten(0, 1)[t], w_out @ (F.gelu(w_in @ flat[t]) * gate))
+
+
+@either_kind
+def test_a_gate_that_is_always_1_is_refused_with_the_remedy(kind):
+    """Softmax over one score is 1: queries and sub-keys would get no gradient; with the remedy they do."""
+    with pytest.raises(ConfigError, match="ffn.peer_top_k = 1 makes every gate 1.*ffn.peer_score = \"sigmoid\""):
+        make(kind=kind, peer_top_k=1)
+    with pytest.raises(ConfigError, match="ffn.peer_top_k"):
+        load_config(None, {"ffn.kind": kind, "ffn.peer_top_k": 1})
+    layer = make(kind=kind, peer_top_k=1, peer_score="sigmoid")
+    grads = outputs_and_gradients(layer, randn(2, 7, 12), randn(2, 7, 12, seed=1))
+    assert grads["queries.weight"].any() and grads["sub_keys"].any()
 
 
 def outputs_and_gradients(layer, x, dy):
@@ -165,7 +178,8 @@ def outputs_and_gradients(layer, x, dy):
 @pytest.mark.parametrize("path", ["readable", "lean", fused])
 @pytest.mark.parametrize("settings", [
     dict(), dict(peer_score="sigmoid", peer_activation="silu"),
-    dict(query_norm="layernorm", peer_activation="relu"), dict(query_norm="none", peer_top_k=1, n_keys=2),
+    dict(query_norm="layernorm", peer_activation="relu"),
+    dict(query_norm="none", peer_top_k=1, n_keys=2, peer_score="sigmoid"),
     dict(kind="pkm")], ids=str)
 def test_every_path_equals_float64_autograd(path, settings, monkeypatch):
     """Output, load and all gradients, in training, over slices of unequal length."""
@@ -252,7 +266,7 @@ def test_path_is_chosen_by_rule(monkeypatch):
     table = torch.zeros(4, 2, 3)
     assert choose_path("auto", table) == choose_path("auto", table[:, :1]) == "lean"
     assert choose_path("auto", table.to("meta")) == choose_path("readable", table) == "readable"
-    monkeypatch.setattr(common, "use_triton", lambda t: False)
+    monkeypatch.setattr(kernels.peer, "use_triton", lambda t: False)
     with pytest.raises(ValueError, match="CUDA"):
         choose_path("fused", table)
     with pytest.raises(ValueError, match="no neurons"):
@@ -265,7 +279,7 @@ def test_path_is_chosen_by_rule(monkeypatch):
 @pytest.mark.parametrize("kind, activation, settings, d", [
     ("peer", "swiglu", dict(n_keys=16, peer_heads=8, peer_top_k=16), 64),
     ("peer", "gelu", dict(n_keys=64, peer_heads=4, peer_top_k=8), 128),
-    ("peer", "swiglu", dict(n_keys=128, peer_heads=8, peer_top_k=1, peer_activation="relu"), 32),
+    ("peer", "swiglu", dict(n_keys=128, peer_heads=8, peer_top_k=2, peer_activation="relu"), 32),
     ("peer", "relu2", dict(n_keys=128, peer_heads=2, peer_top_k=32, query_norm="layernorm"), 32),
     ("peer", "gelu", dict(n_keys=32, peer_heads=8, peer_top_k=8, query_norm="none"), 96),
     ("pkm", "swiglu", dict(n_keys=32, peer_heads=8, peer_top_k=32), 64),
@@ -360,6 +374,39 @@ def test_autograd_grad_and_frozen_tables():
     torch.testing.assert_close(outputs_and_gradients(lean, randn(2, 6, 12), randn(2, 6, 12))["sub_keys"],
                                outputs_and_gradients(readable, randn(2, 6, 12), randn(2, 6, 12))["sub_keys"])
     assert lean.table.grad is None
+
+
+@either_kind
+@pytest.mark.parametrize("path", ["lean", fused])
+def test_autograd_touches_no_gradient_that_was_not_asked_for(kind, path):
+    """With a .grad on the table: torch.autograd.grad returns what it returns elsewhere and leaves .grad alone,
+    backward(inputs=...) adds to what it names, and loss.backward() adds to all of them."""
+    if path == "fused" and kind == "pkm":
+        pytest.skip("PKM has no fused path")
+    layer, oracle = make(kind=kind, peer_path=path), make(kind=kind)
+    inputs = [randn(2, 6, 12).requires_grad_() for _ in range(2)]
+
+    def loss(model, x):
+        return model(x, context(2, 6))[0].square().sum()
+
+    for model, x in zip((layer, oracle), inputs):
+        loss(model, x).backward()
+    before = layer.table.grad.clone()
+    for names in (["x"], ["table"], ["x", "table", "sub_keys"]):
+        found = []
+        for model, x in zip((layer, oracle), inputs):
+            asked = [x if name == "x" else getattr(model, name) for name in names]
+            found.append(torch.autograd.grad(loss(model, x), asked))
+        for mine, theirs in zip(*found):
+            torch.testing.assert_close(mine, theirs)
+        assert torch.equal(layer.table.grad, before)
+    loss(layer, inputs[0]).backward(inputs=[inputs[0], layer.sub_keys])
+    assert torch.equal(layer.table.grad, before)
+    address = layer.table.grad.data_ptr()
+    loss(layer, inputs[0]).backward(inputs=[layer.table])
+    loss(layer, inputs[0]).backward()
+    torch.testing.assert_close(layer.table.grad, 3 * before, rtol=1e-4, atol=1e-5)
+    assert layer.table.grad.data_ptr() == address
 
 
 # ---- what is reported ----

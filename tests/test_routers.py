@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from tiny import KINDS, LEARNED, config_of
 
 import routers
+from balance import importance_loss, load_loss
 from ffn import Context
 from kernels.assignment import balanced_assignment
 from routers import ROUTERS, hash_table, limit_groups
@@ -180,6 +181,24 @@ def test_noisy_topk_training_and_evaluation():
         assert torch.equal(chosen(r)[0], experts)
         torch.testing.assert_close(chosen(r)[1], top.softmax(-1))
     assert r.smooth_load is None
+
+
+@pytest.mark.parametrize("raw", [0.0, 5.0, -4.0, -10.0, -60.0, -1e4, 1e4])
+@pytest.mark.parametrize("spread", [0.5, 50.0])
+def test_noisy_topk_keeps_its_noise_and_finite_gradients(raw, spread):
+    """softplus(-60) is 1e-26: nothing of the noise is left, and the load's gradient was not a number. The deviation
+    is at least 0.01, and as in the paper above that."""
+    router, (x, ctx) = router_of("noisy_topk", spread=spread).train(), tokens()
+    x[:, 0] = 1.0
+    with torch.no_grad():
+        router.noise.weight.zero_()[:, 0] = raw
+    r = call(router, x, ctx)
+    torch.manual_seed(3)
+    std = max(F.softplus(torch.tensor(raw)).item(), 0.01)
+    torch.testing.assert_close(r.logits, router.score(x) + std * torch.randn(r.logits.shape), rtol=1e-4, atol=1e-4)
+    loss = load_loss(r) + importance_loss(r, torch.zeros(4), None, None) + r.probs.square().sum()
+    for grad in torch.autograd.grad(loss, list(router.parameters())):
+        assert grad.isfinite().all()
 
 
 def test_noisy_topk_starts_at_zero():

@@ -4,7 +4,7 @@ from test_train import arguments, corpora  # noqa: F401 (a fixture)
 
 import train
 from model import GPT, load_config
-from runtime.watch import EARLY, IDLE, MEMORY, SPIKES, STUCK, Watch, usage
+from runtime.watch import EARLY, IDLE, KNOWN, MEMORY, SPIKES, STUCK, Watch, usage
 
 
 def watching(**settings):
@@ -14,10 +14,10 @@ def watching(**settings):
     return Watch(GPT(load_config(None, base | {"model.vocab_size": 32})), said.append), said
 
 
-def see(watch, *loads, steps=1):
-    for step in range(steps):
+def see(watch, *loads, steps=1, first=0, losses=()):
+    for step in range(first, first + steps):
         tensors = [torch.tensor(load) for load in loads]
-        watch.experts(step, tensors, [usage(load)[1] for load in tensors])
+        watch.experts(step, tensors, [usage(load)[1] for load in tensors], losses)
 
 
 EVEN = [100.0] * 8
@@ -91,10 +91,59 @@ def test_collapse_is_all_tokens_at_the_same_few_experts():
     see(watch, [400.0, 390.0] + [2.0] * 6, EVEN, steps=STUCK + 10)
     assert len(said) == 1 and "router of layer 0 collapsed" in said[0] and "same 2 of 8 experts" in said[0]
     watch, said = watching()
-    see(watch, [400.0, 130.0, 130.0, 130.0] + [2.0] * 4, EVEN, steps=3 * STUCK)     # uneven is not collapsed
-    watch, said_too = watching(ffn__n_expert=3)
-    see(watch, [400.0, 390.0, 2.0], [1.0] * 3, steps=3 * STUCK)                     # of 3 experts, 2 are most
-    assert not said and not said_too
+    see(watch, [300.0, 160.0, 160.0, 160.0] + [5.0] * 4, EVEN, steps=3 * STUCK)     # uneven is not collapsed
+    assert not said
+
+
+def test_few_experts_collapse_too():
+    """n < 2 k: of 3 experts, 2 do all the work."""
+    watch, said = watching(ffn__n_expert=3)
+    see(watch, [400.0, 300.0, 100.0], [1.0] * 3, steps=3 * STUCK)
+    assert not said
+    see(watch, [400.0, 390.0, 2.0], [1.0] * 3, steps=STUCK)
+    assert len(said) == 1 and "same 2 of 3 experts" in said[0]
+    watch, said = watching(ffn__n_expert=2)                         # all experts for every token: nothing to choose
+    see(watch, [400.0, 400.0], [1.0, 1.0], steps=3 * STUCK)
+    assert not said
+
+
+def test_one_expert_that_gets_nearly_all_tokens_is_a_collapse():
+    """94 % of the tokens at one of 8 experts: as many do the work as 1.4 with an equal share."""
+    watch, said = watching(ffn__router="switch", ffn__top_k=1)
+    rest = [0.06 / 7] * 7
+    see(watch, [0.8] + [0.2 / 7] * 7, EVEN, steps=3 * STUCK)
+    assert not said
+    see(watch, [0.94] + rest, EVEN, steps=STUCK)
+    assert len(said) == 1 and "one of 8 experts got nearly all tokens, now 94%" in said[0]
+    watch, said = watching()                                        # two choices: half of the pairs is all tokens
+    see(watch, [400.0, 130.0, 130.0, 130.0] + [2.0] * 4, EVEN, steps=STUCK)
+    assert len(said) == 1 and "now 100%" in said[0]
+
+
+def test_a_collapse_from_before_a_resume_is_said_soon():
+    """Short sittings: the steps before were no other."""
+    stuck = [400.0, 390.0] + [2.0] * 6
+    watch, said = watching()
+    see(watch, stuck, EVEN, first=501, steps=KNOWN - 1)
+    assert not said
+    see(watch, stuck, EVEN, first=501 + KNOWN, steps=1)
+    assert len(said) == 1
+    watch, said = watching()
+    see(watch, EVEN, EVEN, first=501)                               # it was even: from here all of the steps count
+    see(watch, stuck, EVEN, first=502, steps=STUCK - 1)
+    assert not said
+
+
+def test_a_balance_loss_of_1_beside_an_uneven_load_is_said():
+    """Flat probabilities: E sum f P is 1 whatever the load f."""
+    uneven = [300.0] + [71.4] * 7
+    watch, said = watching(ffn__top_k=1, ffn__gate_order="softmax_then_topk")
+    see(watch, uneven, EVEN, steps=3 * STUCK, losses=[1.3, 1.0])    # the loss sees it
+    see(watch, EVEN, EVEN, steps=3 * STUCK, losses=[1.0, 1.0])
+    see(watch, uneven, EVEN, steps=3 * STUCK)                       # no loss
+    assert not said
+    see(watch, uneven, EVEN, steps=STUCK, losses=[1.001, 1.0])
+    assert len(said) == 1 and "balance loss of layer 0 is 1.00" in said[0] and "3.0 times the mean" in said[0]
 
 
 def test_peer_collapses_by_router_weight_and_its_unused_experts_are_no_news():

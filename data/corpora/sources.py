@@ -6,7 +6,8 @@ from pathlib import Path
 from data.corpora import arithmetic, downloads, markov, stdlib, textfiles
 from data.binfile import DataError
 
-# A line in each of these two is a corpus known by name: what it is, and the function(name) that makes it.
+# A line in each of these two is a corpus known by name: what it is, and the function(name) that
+# makes it.
 NAMES = {
     "python": "source of Python's standard library without tests and docstrings, 8 MB",
     "docs": "its docstrings, and the language reference behind help(), 2.4 MB",
@@ -16,8 +17,6 @@ NAMES = {
     "markov1024": "the same, 1024 symbols and 2^18 contexts, for a GPU; domains markov1024-0, ...",
     **{name: named.about for name, named in downloads.NAMED.items()},
 }
-
-
 MADE = {"python": stdlib.corpus, "docs": stdlib.corpus, "math": arithmetic.corpus}
 
 

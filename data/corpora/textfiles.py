@@ -147,8 +147,8 @@ def split_folder(folder, state):
              f"UTF-8: {', '.join(skipped[:3])}{', ...' if skipped[3:] else ''}")
     if len(texts) < 2:
         raise DataError(f"{folder}: holds {len(texts)} text file(s); a folder is split into "
-                        "training and validation by files, so it needs two (a single file is given by "
-                        "its own path)")
+                        "training and validation by files, so it needs two (a single file is given "
+                        "by its own path)")
     # a side that the hash leaves empty gets the first file of the other side
     sides = {"train": [], "val": []}
     for name, path in texts:

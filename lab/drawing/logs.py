@@ -1,25 +1,29 @@
 """A run folder's log.csv: read whole for drawing (read_log), or some columns of it, thinned for the
-tables of an experiment (read_columns, thin)."""
-import csv
+tables of an experiment (read_columns, thin).
+
+Columns go by their names, and any but `step` may be missing. A file that an editor, a spreadsheet
+or git has touched is the same log: line ends, a byte order mark and quotes do not matter.
+"""
+import codecs
+import copy
 import math
 import operator
 from collections import Counter
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from model import GPT, load_config, sparse_layers
+from model import GPT, load_config
 from runtime.config import all_fields
-from settings import Config
 
 CURVE = ["step", "tokens", "seconds", "loss", "val_loss", "max_expert_share", "dropped",
          "unevenness"]
 POINTS = 50                             # of a curve that is kept; evaluations are kept beside them
-# characters of a field: the loads of many layers are one long field
-csv.field_size_limit(2**24)
+LOADS = 16                              # rows of a group whose loads are read
+BLOCK = 1024                            # rows that are turned into numbers together
 
 
 class LogError(ValueError):
@@ -27,99 +31,169 @@ class LogError(ValueError):
     status = 2
 
 
-class Run(NamedTuple):
+class EmptyLog(LogError):
+    """A log without a row, or none yet."""
+
+
+class Run:
     """What is drawn of a run folder."""
-    folder: Path
-    log: dict                           # see read_log
-    config: Config | None               # None without a config.toml
+
+    def __init__(self, folder, log, config=None):
+        self.folder, self.log, self.config = Path(folder), log, config      # see read_log
 
     @property
     def name(self):
         return self.folder.resolve().name
 
+    @cached_property
+    def model(self):
+        """The model of its config, shapes without memory; None without a config.toml."""
+        if self.config is None:
+            return None
+        config = copy.deepcopy(self.config)
+        config.model.vocab_size = config.model.vocab_size or 1      # no tokenizer has been met yet
+        with torch.device("meta"):
+            return GPT(config)
 
-def open_run(folder):
-    """The Run in a folder. Raises LogError, ConfigError."""
+    @property
+    def layers(self):
+        """Its sparse feed-forward layers."""
+        return [self.model.blocks[i].ffn for i in self.model.sparse] if self.config else []
+
+
+def open_run(folder, begun=True):
+    """The Run in a folder; begun: whether its log must have a row. Raises LogError, ConfigError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise LogError(f"{folder}: no such run folder; `python train.py` makes one")
+    try:
+        log = read_log(folder / "log.csv")
+    except EmptyLog:
+        if begun:
+            raise
+        log = {"step": np.empty(0), "expert_load": {}}
     settings = folder / "config.toml"
-    return Run(folder, read_log(folder / "log.csv"), load_config(settings) if settings.exists()
-               else None)
+    return Run(folder, log, load_config(settings) if settings.exists() else None)
 
 
 # --- reading ---
 
 def whole_rows(file):
-    """(header, iterator over the rows) of an open log.csv, rows as lists of texts. A row that a
-    crash cut off is left out: its line has no end, or it has too few cells."""
-    lines = csv.reader(line for line in file if line.endswith("\n"))
-    header = next(lines, [])
-    return header, (row for row in lines if row and len(row) == len(header) and row[0].isdigit())
+    """(names, iterator over the rows) of an open log.csv, in bytes; a row is a list of cells. A row
+    that a crash cut off is left out: it has too few cells. Where rows end as train.py ends them, a
+    last one without an end was cut off, too, and its last cell is empty."""
+    head = file.readline()
+    as_written = head.endswith(b"\r\n") and not head.startswith(codecs.BOM_UTF8)
+    names = head.decode("utf-8-sig", "replace").replace('"', "").strip().split(",")
+    place = names.index("step") if "step" in names else 0
+
+    def rows():
+        for line in file:
+            end = line.endswith(b"\n")
+            cells = line.replace(b'"', b"").rstrip(b"\r\n").split(b",")
+            if len(cells) == len(names) and cells[place].isdigit():
+                if as_written and not end:
+                    cells[-1] = b""
+                yield cells
+
+    return names, rows()
 
 
-def number(text):
+def number(cell):
     """A cell as a float, NaN where it is empty or no number."""
     try:
-        return float(text)
+        return float(cell) if cell else math.nan
     except ValueError:
         return math.nan
 
 
+def numbers(rows, places):
+    """Rows of cells as floats (rows, places); a place that is None gives NaN."""
+    table = np.full((len(rows), len(places)), math.nan)
+    for column, place in enumerate(places):
+        if place is None:
+            continue
+        cells = [row[place] for row in rows]
+        try:
+            table[:, column] = np.array([cell or b"nan" for cell in cells], float)
+        except ValueError:                              # one of them is no number
+            table[:, column] = [number(cell) for cell in cells]
+    return table
+
+
 def read_log(path, points=4000):
     """A log.csv as {column: (rows,) floats}, NaN where a row lacks it; "expert_load" is {layer:
-    (rows, E)}.
+    (rows, E)}; "loss_low" and "loss_high" are the least and the largest loss.
 
-    A log of more than `points` rows is read in groups of rows, each averaged (loads: summed) over
-    the values that are there: memory is bounded, and no evaluation is lost. Raises LogError.
+    A log of more than `points` rows is read in groups of rows, each averaged over the values that
+    are there; loads are summed over some rows of the group. Memory is bounded, and no evaluation is
+    lost. Raises LogError.
     """
-    table, loads = [], []
+    tables, loads = [], []
     try:
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        with open(path, "rb") as file:
             # First pass: the length of the log gives the size of a group.
             group = math.ceil(sum(1 for _ in file) / points)
             file.seek(0)
-            # Second pass: one row of the table for each group.
+            # Second pass: some whole groups at a time.
             names, lines = whole_rows(file)
-            while rows := [dict(zip(names, line)) for line in islice(lines, group)]:
-                table.append(average(np.array([[number(row[name]) for name in names]
-                                               for row in rows])))
-                loads.append(sum_loads(row.get("expert_load") for row in rows))
+            places = [None if name == "expert_load" else i for i, name in enumerate(names)]
+            some = group * math.ceil(BLOCK / max(1, group))
+            while rows := list(islice(lines, some)):
+                starts = range(0, len(rows), group)
+                tables.append(averages(numbers(rows, places), starts, names))
+                if "expert_load" in names:
+                    own = names.index("expert_load")
+                    loads += [sum_loads(row[own] for row in spread(rows[i:i + group], LOADS))
+                              for i in starts]
     except OSError as e:
-        raise LogError(f"{path}: no log to draw ({e.strerror}); "
+        kind = EmptyLog if isinstance(e, FileNotFoundError) else LogError
+        raise kind(f"{path}: no log to draw ({e.strerror}); "
                        "`python train.py` writes one") from None
-    if not table or names[0] != "step":
-        raise LogError(f"{path}: holds no step yet; let the run go on, then draw it again")
-    return dict(zip(names, np.array(table).T)) | {"expert_load": by_layer(loads)}
+    if not tables or "step" not in names:
+        raise EmptyLog(f"{path}: holds no step yet; let the run go on, then draw it again")
+    columns = dict(zip([*names, "loss_low", "loss_high"], np.concatenate(tables).T))
+    return columns | {"expert_load": by_layer(loads)}
+
+
+def spread(rows, most):
+    """At most so many of the rows, evenly spaced."""
+    return rows[::math.ceil(len(rows) / most)]
+
+
+def averages(table, starts, names):
+    """Means of groups of the rows of a table (rows, columns), which begin at `starts`, over the
+    values that are there; two more columns, the least and the largest loss."""
+    there = ~np.isnan(table)
+    with np.errstate(invalid="ignore"):
+        mean = (np.add.reduceat(np.where(there, table, 0), starts)
+                / np.add.reduceat(there, starts, dtype=int))
+    loss = table[:, names.index("loss")] if "loss" in names else np.full(len(table), np.nan)
+    return np.column_stack([mean, np.fmin.reduceat(loss, starts), np.fmax.reduceat(loss, starts)])
 
 
 def read_columns(path, names):
     """{name: (rows,) float64 array} of a log.csv, NaN where a row or the whole log lacks a
     value."""
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+    with open(path, "rb") as file:
         header, lines = whole_rows(file)
         places = [header.index(name) if name in header else None for name in names]
-        rows = [[math.nan if i is None else number(row[i]) for i in places] for row in lines]
-    return dict(zip(names, np.array(rows, float).reshape(-1, len(names)).T))
+        parts = [np.empty((0, len(names)))]
+        while rows := list(islice(lines, BLOCK)):
+            parts.append(numbers(rows, places))
+    return dict(zip(names, np.concatenate(parts).T))
 
 
-def average(rows):
-    """Mean of each column over the values that are there; NaN where there are none."""
-    there = ~np.isnan(rows)
-    with np.errstate(invalid="ignore"):
-        return np.where(there, rows, 0).sum(0) / there.sum(0)
-
-
-def sum_loads(texts):
-    """Fields like "12 4;;9 7" summed: an (E,) array per layer, empty for dense ones; [] if no row
+def sum_loads(cells):
+    """Cells like "12 4;;9 7" summed: an (E,) array per layer, empty for dense ones; [] if no row
     has any."""
-    rows = of_usual_shape([[read_load(layer) for layer in text.split(";")]
-                           for text in texts if text])
+    rows = of_usual_shape([[read_load(layer) for layer in cell.split(b";")]
+                           for cell in cells if cell])
     return [sum(layer) for layer in zip(*(row for row in rows if row))]
 
 
-def read_load(text):
-    return np.array([number(value) for value in text.split()])
+def read_load(cell):
+    return np.array([number(value) for value in cell.split()])
 
 
 def of_usual_shape(rows):
@@ -200,17 +274,15 @@ def describe(run):
     """A line on what the model is, as far as the folder's config tells."""
     if run.config is None:
         return ""
-    with torch.device("meta"):                          # shapes without memory
-        model = GPT(run.config)
     sizes, ffn = run.config.model, run.config.ffn
     text = f"{sizes.n_layer} layers, {sizes.n_embd} wide, {ffn.kind}"
-    for i in sparse_layers(run.config)[:1]:             # all sparse layers are alike
-        layer = model.blocks[i].ffn
-        text += f", {layer.n_expert:,} experts, {layer.n_active} for each token"
+    for layer in run.layers[:1]:                        # all sparse layers are alike
+        if layer.n_expert > 1:
+            text += f", {layer.n_expert:,} experts, {layer.n_active} for each token"
         if "router" in layer.columns:
             text += f", router {ffn.router}"
     if sizes.vocab_size:
-        params = model.num_params()
+        params = run.model.num_params()
         text += f"; {params.active / 1e6:.3g} M of {params.total / 1e6:.3g} M parameters active"
     return text
 

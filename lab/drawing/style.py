@@ -1,8 +1,10 @@
 """How every figure of the lab looks.
 
-Colours are Okabe and Ito's and the purple-orange scale, which colour-blind readers can tell apart.
-Type is large enough for a lecture hall. A figure is a matplotlib Figure: no pyplot, no display.
+Colours are Okabe and Ito's and the viridis scale, which colour-blind readers can tell apart. Type
+is large enough for a lecture hall. A figure is a matplotlib Figure: no pyplot, no display.
 """
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 from matplotlib.colors import ListedColormap
@@ -13,10 +15,10 @@ BLUE = PALETTE[0]
 RED = PALETTE[1]
 GREEN = PALETTE[2]
 GREY = "#666666"
-# An expert's load: white is an even share, black is no token. The scale's darkest ends are cut off,
-# so that no load looks like black.
-LOADS = ListedColormap(matplotlib.colormaps["PuOr_r"](np.linspace(0.08, 0.92,
-                                                                  256))).with_extremes(bad="k")
+# Amounts, in every map of them: dark is little, yellow is much, and white, which masked cells get,
+# is none. The scale's lightest end is cut off, so that no amount looks like white.
+AMOUNTS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.95, 256)))
+AMOUNTS.set_bad("white")
 matplotlib.rcParams.update({
     "font.size": 14, "axes.titlesize": 14, "figure.titlesize": 16, "legend.fontsize": 13,
     "savefig.dpi": 150,
@@ -49,7 +51,11 @@ class DrawingError(ValueError):
 
 
 def save(figure, path):
-    """Writes the figure and returns its path. Raises DrawingError."""
+    """Writes the figure and returns its path; one without an ending gets .png. Raises
+    DrawingError."""
+    path = Path(path)
+    if not path.suffix:
+        path = path.with_name(path.name + ".png")
     try:
         figure.savefig(path)
     except (OSError, ValueError) as e:              # ValueError: no writer for such an ending

@@ -18,7 +18,7 @@ import textwrap
 
 import numpy as np
 
-from lab.drawing.style import GREY, PALETTE, new_figure
+from lab.drawing.style import AMOUNTS, GREY, PALETTE, new_figure
 from lab.laws.fit import curves as curves_of
 from lab.laws.fit_runs import FitError, fits_of
 from lab.papers.page import mean_and_error, numbers
@@ -241,13 +241,13 @@ def place_on(x, row, rows):
 
 
 def draw_matrix(ax, panel, rows, curves, routing):
-    """Means over the seeds, the best of each column dark."""
+    """Means over the seeds; colour: how far above the best of its column, which is dark."""
     columns, names = panel["columns"], arms_of(rows, *panel["columns"])
     if not names:
         return ax.set_title("not measured", loc="left")
     grid = np.array([[np.mean(numbers(rows, arm, c)) for c in columns] for arm in names])
     heat(ax, grid, grid - grid.min(0), [label(panel, arm) for arm in names],
-         [c.removeprefix("val_loss_") for c in columns], "{:.3f}", "Blues_r")
+         [c.removeprefix("val_loss_") for c in columns], "{:.3f}", "above the best of its column")
     if all(c.startswith("val_loss") for c in columns):
         ax.set_xlabel("validation loss (nats per token)")
 
@@ -269,19 +269,23 @@ def draw_routing(ax, panel, rows, curves, routing):
     grid = np.array([[np.mean([row["share"] for row in own
                                if (row["corpus"], row["expert"]) == (c, e)])
                       for e in experts] for c in corpora])
-    heat(ax, 100 * grid, grid, corpora, experts, "{:.0f}", "Blues", 1)
+    # An expert that got no token at all is white.
+    share = np.ma.masked_equal(100 * grid, 0)
+    heat(ax, 100 * grid, share, corpora, experts, "{:.0f}", "% of the corpus's tokens", 100)
     ax.set_xlabel(f"expert of layer {layer} (% of the corpus's tokens)")
     ax.set_title(panel.get("title", label(panel, panel["arm"])), loc="left")
 
 
-def heat(ax, grid, shade, down, across, form, colours, most=None):
-    """A table of numbers over colours, from 0 to `most` (None: the largest of this table)."""
-    image = ax.imshow(shade, cmap=colours, aspect="auto", vmin=0, vmax=most)
+def heat(ax, grid, shade, down, across, form, meaning, most=None):
+    """A table of numbers over colours, from 0 to `most` (None: the largest of this table); meaning:
+    of the colour, for its bar."""
+    image = ax.imshow(shade, cmap=AMOUNTS, aspect="auto", vmin=0, vmax=most)
+    ax.figure.colorbar(image, ax=ax, label=meaning)
     ax.set_xticks(range(len(across)), across)
     ax.set_yticks(range(len(down)), down)
     ax.grid(False)
     for (i, j), value in np.ndenumerate(grid):
-        dark = sum(image.cmap(image.norm(shade[i, j]))[:3]) < 1.5
+        dark = sum(image.cmap(image.norm(shade[i, j]))[:3]) < 1.5       # white is masked
         ax.text(j, i, form.format(value), ha="center", va="center", color="w" if dark else "k",
                 fontsize=12)
 

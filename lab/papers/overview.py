@@ -116,10 +116,11 @@ def training(results):
 
 
 def read_bench(results, name):
-    """(rows of a bench on the CPU, sentence on its command and machine)."""
+    """(rows of a bench on the CPU that have a time, sentence on its command and machine)."""
     file = f"bench-{name}-cpu.json"
     rows = json.loads((results / file).read_text(encoding="utf-8"))
     machine = rows[0]["shape"].partition(" on ")[2]
+    rows = [row for row in rows if row["ms"]]
     return rows, f"`python -m lab.bench {name}` on {machine} ([{file}]({file}))."
 
 
@@ -131,7 +132,10 @@ def step_time(results):
              f"each token) beside `dense.toml`, which does equal work for a token. {source}", "",
              "| sequences | dtype | dense, ms | experts, ms | ratio |", "|---|---|---|---|---|"]
     steps = [row for row in rows if not row["path"].startswith("ceiling")]
-    for dense, experts in zip(steps[::2], steps[1::2]):
+    for dense, experts in zip(steps, steps[1:]):
+        # a pair of one table
+        if dense["path"] != "dense" or experts["ratio_to_dense"] is None:
+            continue
         lines.append(f"| {re.search(r' B([0-9]+)', dense['shape'])[1]} | {dense['dtype']} | "
                      f"{dense['ms']:.0f} | {experts['ms']:.0f} | {experts['ratio_to_dense']:.2f} |")
     return lines
@@ -150,7 +154,8 @@ def moe_layer(results):
              f"| dtype | path | {' | '.join(shapes)} |", "|---" * (2 + len(shapes)) + "|"]
     for dtype in DTYPES:
         for path, meaning in MOE_PATHS.items():
-            cells = [f"{time[dtype, path, shape]:.2f}" for shape in shapes]
+            found = [time.get((dtype, path, shape)) for shape in shapes]
+            cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in found]
             lines.append(f"| {dtype} | `{path}`: {meaning} | {' | '.join(cells)} |")
     return lines
 
@@ -165,7 +170,8 @@ def peer_layer(results):
              "",
              "| layer | path | ms | times dense | peak MiB |", "|---|---|---|---|---|"]
     for row in rows:
-        if row["shape"].endswith(" layer") and row["direction"] == "fwd+bwd":
+        known = row["ratio_to_dense"] is not None and row["peak_mib"] is not None
+        if row["shape"].endswith(" layer") and row["direction"] == "fwd+bwd" and known:
             lines.append(f"| {row['shape'].removesuffix(' layer')} | {row['path']} | "
                          f"{row['ms']:,.1f} | {row['ratio_to_dense']:.2f} | {row['peak_mib']:,.1f} "
                          "|")

@@ -15,9 +15,8 @@
 - Ceilings: the best matrix product and the best copy that this machine shows, not the ones on its
   data sheet. A share above 100 % says that it was busy with something else while they were
   measured.
-- Limits. The first call of a contestant is timed; the rounds that follow are as many as its budget
-  of seconds allows, and there are none if the first call took longer than that. What was not
-  measured is a line of the table that says why.
+- Limits. After a first call, a contestant runs as many rounds as its budget of seconds allows, at
+  least one. What could not be measured is a line of the table that says why.
 - Another package's layer (Peer) has weights of its own, so that its numbers are not checked, and
   what it raises is a line of the table too.
 """
@@ -139,41 +138,47 @@ def rounds_in(seconds, one, most):
 
 def interleave(device, runs, warmup, repeats, rounds=None):
     """{name: [ms of each round]} of runs {name: run(i)}; rounds {name: n}: of those that take part
-    in the first n rounds alone."""
-    marks = {name: [] for name in runs}
+    in the first n rounds alone, in one without a warm-up."""
+    marks, rounds = {name: [] for name in runs}, rounds or {}
     cushion = torch.empty(2 ** 28, device=device) if device == "cuda" else None
     # Every contestant once a round, so that a slow moment of the machine hits all.
     for i in range(warmup + repeats):
         for name, run in runs.items():
-            if i >= warmup + (rounds or {}).get(name, repeats):
+            n = rounds.get(name, repeats)
+            if i >= warmup + n or i < warmup and n == 1 < repeats:
                 continue
             if cushion is not None:
                 cushion.zero_()
             start = mark(device)
             run(i % INPUTS)
-            marks[name].append((start, mark(device)))
+            if i >= warmup:
+                marks[name].append((start, mark(device)))
     if device == "cuda":
         torch.cuda.synchronize()
-    return {name: [milliseconds(*pair) for pair in pairs[warmup:]] for name, pairs in marks.items()}
+    return {name: [milliseconds(*pair) for pair in pairs] for name, pairs in marks.items()}
 
 
 def find_machine(device, warmup, repeats, size=2048, copy_mib=256, **limits):
     """A Machine with its ceilings: the best of 20 (size, size) products in each dtype, and of 20
-    copies that read copy_mib MiB and write as many; of fewer where 20 take more than 2 seconds.
-    limits: its budget and end."""
+    copies that read copy_mib MiB and write as many; of fewer where 20 take more than 2 seconds, and
+    of smaller products where one takes more than that. limits: its budget and end."""
     def best(run):
         n = rounds_in(2, first_call(device, run), 20)
         return min(interleave(device, {"": run}, min(n, 3), n)[""]) / 1e3
 
-    def products(side, dtype):
+    def products(dtype, side):
         a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
-        return 2 * side ** 3 / best(lambda i: torch.mm(a, b, out=out))
 
-    # FLOP/s of small products, which show at once what is emulated; else of the large ones.
-    small = min(size, 256)
-    found = Machine(device, warmup, repeats, {dtype: products(small, dtype) for dtype in LIMIT}, 0)
-    matmul = {dtype: found.matmul[dtype] if found.emulates(dtype) else products(size, dtype)
-              for dtype in LIMIT}
+        def product(i):
+            torch.mm(a, b, out=out)
+
+        # one of twice the side takes eight times as long
+        if side < size and min(first_call(device, product) for _ in range(2)) < 0.25:
+            return products(dtype, min(size, 2 * side))
+        return 2 * side ** 3 / best(product)
+
+    # FLOP/s of the largest products that do not take long.
+    matmul = {dtype: products(dtype, min(size, 256)) for dtype in LIMIT}
     # Bytes/s of the best copy.
     source = torch.ones(copy_mib * MIB // 4, device=device)
     target = torch.empty_like(source)
@@ -275,15 +280,18 @@ class Peer(nn.Module):
 # ---- rows ----
 
 def prepare(machine, one):
-    """(seconds of a first call, peak MiB, note) of a Contestant; without seconds it cannot be
-    timed, and the note says why."""
+    """(seconds of a call, peak MiB, note) of a Contestant; without seconds it cannot be timed,
+    without a peak it was called once, and the note says why."""
     if time.perf_counter() > machine.end:
         return None, None, "not measured: the time is over"
     try:
-        seconds = first_call(machine.device, one.run)
-        if seconds > machine.budget:
-            return seconds, None, f"one call, for it took {seconds:.1f} s"
-        return seconds, peak_mib(machine.device, lambda: one.run(0)), None
+        first = first_call(machine.device, one.run)
+        # memory is found in a second call, and timed in a third
+        if time.perf_counter() + 2 * first > machine.end:
+            return first, None, "one call, for the time is over"
+        start = time.perf_counter()
+        peak = peak_mib(machine.device, lambda: one.run(0))
+        return min(first, time.perf_counter() - start), peak, None
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None, None, "does not fit into memory"

@@ -45,7 +45,8 @@ def killed_preparation(rng, home, folder, tally):
         if problem := neither(prepared, old, new):
             return tally.problems.append(f"a killed preparation left {problem}")
     status = Child(preparing.main, [*argv, "--out", out], said).wait()
-    left = list(out.iterdir())                              # the folder and .lock
+    # the folder and .lock, and the tokens of before, which a run may need
+    left = [path for path in out.iterdir() if "-old-" not in path.name]
     if status != 0 or contents(prepared) != new or len(left) != 2:
         tally.problems.append(f"after kills preparing ended with {status}: {said.read_text()} {left}")
 
