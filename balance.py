@@ -72,7 +72,7 @@ def per_sequence(routing, shape):
 
 
 def deepseek_loss(routing, load, config, shape):
-    """sum_i f_i P_i, a mean over sequences (DeepSeekMoE 2401.06066 eq. 12-14; V2 2405.04434 eq. 23). Uniform: 1."""
+    """sum_i f_i P_i, mean over sequences (DeepSeekMoE 2401.06066 eq. 12-14; V2 2405.04434 eq. 23). Uniform: 1."""
     f, P = per_sequence(routing, shape)
     # a mean over experts in place of the sum would weaken it E times, and routing would collapse quietly
     return (f * P).sum(-1).mean()
@@ -104,7 +104,8 @@ def z_loss(routing):
 LOSSES = dict(switch=switch_loss, gshard=gshard_loss, importance_load=importance_loss, btx=btx_loss,
               btx_detached=partial(btx_loss, detached=True), deepseek=deepseek_loss, loss_free=deepseek_loss)
 # Settings that some read beside balance_loss; and those that differ if a batch is cut into micro-steps.
-COEFFICIENTS = dict(importance_load=("load_loss",), deepseek=("device_loss", "comm_loss"), loss_free=("bias_rate",))
+COEFFICIENTS = dict(importance_load=("load_loss",), deepseek=("device_loss", "comm_loss"),
+                    loss_free=("bias_rate",))
 OF_MICRO_BATCH = {"switch", "gshard", "importance_load", "btx", "btx_detached"}
 
 
@@ -115,7 +116,7 @@ def coefficients(balance):
 
 def auxiliary_losses(routing, load, config, shape):
     """(aux, balance, z): what enters the objective with its coefficients, and the two losses before them. load
-    (E,) is what was sent before any capacity limit; shape = (B, T). ValueError for a router that lacks a part."""
+    (E,): what was sent before any capacity limit; shape = (B, T). ValueError for a router that lacks a part."""
     zero = torch.zeros((), device=load.device)
     balance = z = zero
     # the balance loss; beside loss_free it is the sequence loss of DeepSeek-V3 (its coefficient: 0.0001),

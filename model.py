@@ -250,7 +250,8 @@ class GPT(nn.Module):
     def differences(self):
         """Those by which several processes would not train the model that one process would."""
         # balance losses and batch norms are put together over processes
-        return [text for text in self.per_micro_batch() if not text.startswith(("ffn.balance", "ffn.query_norm"))]
+        together = "ffn.balance", "ffn.query_norm"
+        return [text for text in self.per_micro_batch() if not text.startswith(together)]
 
     def not_compiled(self):
         """Why torch.compile cannot take it, or an empty text."""

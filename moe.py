@@ -246,7 +246,7 @@ class MoE(FeedForward):
             (f.top_k > f.n_expert, "ffn.top_k", f"is more than ffn.n_expert = {f.n_expert}"),
             (f.d_expert and f.granularity > 1, "ffn.d_expert",
              f"and ffn.granularity = {f.granularity} both set the width of an expert; give one of them"),
-            (not f.d_expert and f.d_ff % f.granularity, "ffn.granularity", f"does not divide ffn.d_ff = {f.d_ff}"),
+            (not f.d_expert and f.d_ff % f.granularity, "ffn.granularity", f"does not divide d_ff = {f.d_ff}"),
             (traits.k > 0 and k != traits.k, "ffn.top_k",
              f"(times ffn.granularity) must be {traits.k} for ffn.router = \"{f.router}\""),
             *ROUTERS[f.router].refusals(config),
@@ -256,7 +256,7 @@ class MoE(FeedForward):
              f"works with ffn.router = {only(lambda t: 'n_groups' in t.reads)} only"),
             (f.n_groups > 1 and room < k, "ffn.topk_groups", f"leaves {room} experts to choose {k} from"),
             (f.d_shared and f.n_shared, "ffn.d_shared", "and ffn.n_shared both set the width; give one of them"),
-            (f.shared_gate and not (f.d_shared or f.n_shared), "ffn.shared_gate", "needs ffn.d_shared or n_shared"),
+            (f.shared_gate and not (f.d_shared or f.n_shared), "ffn.shared_gate", "needs d_shared or n_shared"),
             (f.balance in ("loss_free", "importance_load") and f.balance != traits.balance, "ffn.balance",
              f"needs ffn.router = {only(lambda t: t.balance == f.balance)}, with the bias or the noise for it"),
             (f.balance != "none" and not traits.steerable, "ffn.balance", f"has nothing to act on: ffn.router = "

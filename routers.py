@@ -246,7 +246,7 @@ class GShard(Router):
 
 
 class Sigmoid(Router):
-    """DeepSeek-V3 (2412.19437) eq. 13-16, loss-free (2408.15664): MoE.after_step moves b, by finished batches."""
+    """DeepSeek-V3 (2412.19437) eq. 13-16, loss-free (2408.15664): MoE.after_step moves b, after each batch."""
     traits = Traits("sigmoid scores, for loss-free balancing", "DeepSeek-V3 2412.19437, 2408.15664",
                     "sigmoid, renormalised after the selection", balance="loss_free",
                     reads=("n_groups", "topk_groups", "route_scale"))

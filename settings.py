@@ -34,7 +34,7 @@ class ModelConfig:
     rope_base: float = opt(10000.0, "base of the rotary frequencies", low=1.0)
     dropout: float = opt(0.0, "dropout on embeddings, attention and block outputs", low=0.0, high=0.9)
     tie_embeddings: bool = opt(True, "the output head shares the embedding table")
-    loss_chunks: int = opt(1, "slices in which training computes the loss; above 1 it never has all logits", low=1)
+    loss_chunks: int = opt(1, "slices in which training computes the loss; above 1 it has no logits", low=1)
 
 
 @dataclass
@@ -44,7 +44,7 @@ class FFNConfig:
     activation: str = opt("swiglu", "non-linearity, one of ffn.ACTIVATIONS or swiglu, which has a third matrix")
     d_ff: int = opt(0, "hidden width of an unsplit layer or expert (0: 4 n_embd, of swiglu 8/3 n_embd)", low=0)
     d_dense: int = opt(0, "hidden width of the dense layers of a model with sparse ones (0: d_ff)", low=0)
-    moe_every: int = opt(0, "the last of each so many layers is sparse (0: all; of peer and pkm the middle)", low=0)
+    moe_every: int = opt(0, "the last of each so many layers is sparse (0: all; peer, pkm: the middle)", low=0)
     moe_layers: list[int] = opt([], "indices of the sparse layers, instead of moe_every")
     n_dense_first: int = opt(0, "this many first layers stay dense (DeepSeekMoE)", low=0)
 
@@ -60,7 +60,7 @@ class FFNConfig:
     frozen_routes: bool = opt(True, "their router rows do not change either (false: the whole router learns)")
 
     router: str = opt("topk", "one of routers.ROUTERS", group="how tokens choose")
-    gate_order: str = opt("topk_then_softmax", "topk: softmax over the chosen (Mixtral) or all logits (DeepSeekMoE)",
+    gate_order: str = opt("topk_then_softmax", "topk: softmax over chosen (Mixtral) or all logits (DeepSeekMoE)",
                           choices=["topk_then_softmax", "softmax_then_topk", "softmax_then_topk_renorm"])
     n_groups: int = opt(1, "groups of experts for group-limited selection (DeepSeek-V2, V3)", low=1)
     topk_groups: int = opt(0, "groups that a token may use (0: all)", low=0)
@@ -84,8 +84,8 @@ class FFNConfig:
     dispatch: str = opt("auto", "how tokens travel to the experts; every choice gives the same numbers",
                         choices=["auto", "loop", "padded", "grouped", "fused"], group="how tokens travel")
     capacity_factor: float = opt(0.0, "slots per expert in training, times k N / E, for which the sequences of a "
-                                 "batch compete; later positions are dropped first (0: dropless)", low=0.0)
-    eval_capacity_factor: float = opt(0.0, "the same in evaluation (0: dropless)", low=0.0)
+                                 "batch compete; later positions are dropped first (0: dropless)", low=0.0, high=1e6)
+    eval_capacity_factor: float = opt(0.0, "the same in evaluation (0: dropless)", low=0.0, high=1e6)
 
     n_keys: int = opt(64, "sub-keys m of each half, for E = m^2 experts", low=2, group="kinds peer and pkm")
     peer_heads: int = opt(4, "retrieval heads h", low=1)
@@ -130,7 +130,7 @@ class TrainConfig:
     batch_size: int = opt(32, "sequences per optimizer step, all micro-steps and processes together", low=1)
     grad_accum: int = opt(1, "micro-steps that a batch is cut into, to save memory. Each is seen by itself by "
                           "the balances switch, gshard, importance_load, btx and btx_detached, by capacity, "
-                          "batchnorm, dropout and routers that draw or look across; all else trains the same", low=1)
+                          "batchnorm, dropout, routers that draw or look across; all else trains the same", low=1)
     lr: float = opt(3e-3, "peak learning rate", low=0.0)
     min_lr: float = opt(0.1, "final learning rate, as a share of lr", low=0.0, high=1.0)
     warmup_steps: int = opt(100, "steps of linear warm-up", low=0)

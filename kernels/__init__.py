@@ -5,7 +5,7 @@ equal. Every file imports, and its twins run, without Triton.
     norm           the root-mean-square norm on a CPU
     moe            tokens into expert order and back, the gated activation, the grouped experts
     peer           PEER's experts: forward, backward, the gradient of the table
-    product_keys   the best k of m sub-keys for each half of a query
+    product_keys   the best k of m sub-keys for each half of a query, and their gradient
     loss           the loss of the output layer without all the logits
     assignment     tokens to experts in equal numbers, for the router base
 

@@ -133,6 +133,11 @@ def save_best(folder, trainer):
 def restore(trainer, saved):
     """Takes up a training run's Checkpoint where it stopped."""
     check_text(saved, trainer.batches.checksums, trainer.config)
+    # cut otherwise into micro-steps, some models would be trained for another objective
+    old, why = saved.header["config"]["train"]["grad_accum"], trainer.model.per_micro_batch()
+    if saved.header["step"] and trainer.config.train.grad_accum != old and why:
+        trainer.config.fail("train.grad_accum", f"but this run was started with {old}, and it changes what is "
+                            f"trained with {', '.join(why)}; start a new run with --out")
     load_weights(trainer.model, parallel.spread(saved.model, trainer.model), "the checkpoint")
     load_optimizer(trainer.model, trainer.optimizer, parallel.spread(saved.optimizer, trainer.model))
     trainer.done, trainer.seconds = saved.header["step"], saved.header["seconds"]

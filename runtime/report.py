@@ -174,7 +174,8 @@ def to_numbers(row, trainer, watch):
     # how evenly their experts are used
     loads = [s.load.float().cpu() for s in chosen]
     used, uneven = zip(*(usage(load) for load in loads))
-    watch.experts(row["step"], loads, uneven)
+    balance = [0.0 if s.balance_loss is None else s.balance_loss.item() for s in chosen]
+    watch.experts(row["step"], loads, uneven, balance)
     row.update(max_expert_share=max((load.max() / load.sum()).item() for load in loads),
                experts_used=sum(used) / len(used), unevenness=sum(uneven) / len(uneven))
     if max(load.numel() for load in loads) <= MAX_LOGGED_EXPERTS:

@@ -93,7 +93,7 @@ class Watch:
                       f"{IDLE} steps and learn nothing: {some}", ffn.remedy())
 
     def collapse(self, step, layer, ffn, load, uneven, loss):
-        """The same few experts for nearly all tokens, by entropy and by share; or a loss that does not see it."""
+        """Few experts for nearly all tokens, by entropy and by share; or a loss that does not see it."""
         n, k = len(load), ffn.n_active
         share = (load.max() / load.sum()).item()
         # n exp(-uneven) is the number of experts that do the work: k if all tokens go to the same ones
@@ -109,6 +109,6 @@ class Watch:
                       f"experts got nearly all tokens, now {min(1.0, share * k):.0%}", ffn.remedy())
         flat = share * n > FLAT and abs(loss - 1) < EVEN
         if self.for_long("flat", layer, step, flat):
-            self.warn("collapse", step, f"the balance loss of layer {layer} is {loss:.2f}, as of an even load, but "
-                      f"the busiest of {n} experts has {share * n:.1f} times the mean: the router's "
+            self.warn("collapse", step, f"the balance loss of layer {layer} is {loss:.2f}, as of an even load, "
+                      f"but the busiest of {n} experts has {share * n:.1f} times the mean: the router's "
                       "probabilities are nearly equal, so that the loss does not see it", ffn.remedy())

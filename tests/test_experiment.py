@@ -23,7 +23,7 @@ from lab import experiment
 from lab.drawing.logs import thin
 from lab.experiment import Experiment
 from lab.laws.laws import Krajewski
-from lab.papers import jobs, overview
+from lab.papers import jobs, overview, speed
 from lab.papers.arms import executable, expand, with_ancestors
 from lab.papers.evaluate import evaluate, routing, use_of_experts
 from lab.papers.expressions import Table, derive
@@ -216,6 +216,31 @@ def test_nothing_recorded_has_to_run_again(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_arm_may_have_its_own_number_of_seeds(here, capsys):
+    (here / "mended").write_text("")
+    path = here / "fast.toml"
+    text = path.read_text()
+    before = {arm.label: arm.key for arm in Experiment(str(path), "cpu").arms}
+    path.write_text(text.replace("[arms.child]", "[arms.child]\nseeds = 1"))
+    after = {arm.label: arm.key for arm in Experiment(str(path), "cpu").arms}
+    assert after == {label: key for label, key in before.items()
+                     if label not in ("child-1", "child-2")}
+    main("fast.toml", "--jobs", 2)
+    assert [label for label in ran(here) if label.startswith("child")] == ["child-0"]
+    assert "undecided (1 seed)" in (here / "results/fast/cpu/verdict.md").read_text()
+    main("fast.toml")
+    assert "nothing to run" in capsys.readouterr().out
+    # who asks for so many seeds gets them of every arm
+    assert len(Experiment(str(path), "cpu", 2).arms) == 8
+    # a child needs the weights of its parents
+    path.write_text(text.replace("[arms.bad]", "[arms.bad]\nseeds = 2"))
+    main("fast.toml", status=2)
+    assert "arm child has a seed 2 and comes from bad, which has 2" in capsys.readouterr().err
+    path.write_text(text.replace("[arms.bad]", "[arms.bad]\nseeds = 0"))
+    main("fast.toml", status=2)
+    assert "[arms.bad]: seeds = 0 must be at least 1" in capsys.readouterr().err
+
+
 def test_killed_without_warning_goes_on(here):
     path = here / "fast.toml"
     path.write_text(path.read_text().replace("{n}.{seed}", "{n}.{seed} slow"))
@@ -344,6 +369,20 @@ def test_stopped_training_goes_on_to_the_same_result(corpora, capsys):
                                                                             jobs.read_record(arm))
 
 
+def test_speed_and_memory_of_an_arm(corpora, capsys, monkeypatch):
+    words = [*Experiment("real.toml", "cpu").arms[0].speed_arguments()[2:], "--steps", "2"]
+    file = Path(words[words.index("--json") + 1])
+    file.parent.mkdir(parents=True)
+    assert speed.main(words) == 0
+    found = json.loads(file.read_text())
+    assert found["tokens_per_second"] > 0 and found["peak_mib"] > 50
+    # as on Windows
+    monkeypatch.setattr(speed, "resource", None)
+    assert speed.main(words) == 0
+    assert json.loads(file.read_text())["peak_mib"] is None
+    assert "memory unknown" in capsys.readouterr().out
+
+
 def test_two_runners_do_not_share_a_folder(here, capsys):
     from runtime.checkpoint import Lock
     with Lock(here / "runs/fast/cpu"):
@@ -374,6 +413,7 @@ column = { family = "moe" }
 cpu.train.lr = 1e-3
 gpu.grid = { ffn.n_expert = [64], word = ["a"] }
 [arms.foreign]
+ffn.kind = "moe"
 ffn.n_expert = 2
 train.seed = "1{seed}"
 train.max_steps = 5

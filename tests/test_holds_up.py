@@ -460,6 +460,18 @@ def test_without_file_locks_it_says_what_that_means(home, tmp_path, monkeypatch)
     assert result.status == 0 and "two runs in one folder are not prevented" in result.err
 
 
+def test_a_model_that_cannot_be_made_leaves_the_run_in_whose_place_it_would_be(home, tmp_path):
+    assert home.train(tmp_path / "run", {}).status == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    moe, dense, none, out = home.folder / "moe", home.folder / "dense", tmp_path / "none", ["--out", tmp_path / "run"]
+    for program, *argv in [(lifelong.main, "expand", dense, "--add", 1), (lifelong.main, "expand", none, "--add", 1),
+                           (lifelong.main, "expand", tmp_path / "run", "--add", 1), (btx.main, "upcycle", moe),
+                           (btx.main, "upcycle", dense, "--n_expert", 10**13), (btx.main, "mix", dense, none),
+                           (btx.main, "mix", dense, dense, "--ffn.top_k", 9), (btx.main, "merge", moe, dense)]:
+        refused(call(program, *argv, *out, "--overwrite"))
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before, argv
+
+
 # --- the commands that are proposed ---
 
 def proposed(text):

@@ -1,5 +1,7 @@
 """lab/plots.py and lab/drawing: reading logs, what the figures show, the command line."""
+import json
 import struct
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,12 +9,18 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+import model
+import train
 from data.prepare import prepared
 from data.tokenizers import Tokenizer
 from lab import plots
+from ffn import FeedForward, plain_stats
 from lab.drawing import ancestry, block
-from lab.drawing.logs import LogError, column, open_run, read_log, smooth
-from lab.drawing.style import new_figure
+from lab.drawing.logs import LogError, column, open_run, read_columns, read_log, smooth
+from lab.drawing.style import AMOUNTS, new_figure
+from lab.papers import evaluate
+from lab.papers.figure import experiment_figure
+from lab.papers.probes import PROBES
 from model import GPT, load_config
 from runtime import checkpoint
 from runtime.config import to_toml
@@ -58,7 +66,7 @@ def png_size(path):
 
 def test_a_log_becomes_columns_with_nan_where_a_row_has_no_value(tmp_path):
     log = read_log(write_log(tmp_path / "run") / "log.csv")
-    assert set(log) == set(COLUMNS)
+    assert set(log) == {*COLUMNS, "loss_low", "loss_high"}
     assert log["step"].tolist() == list(range(61))
     assert np.isnan(log["loss"][0]) and np.isnan(log["lr"]).all()
     steps, values = column(log, "val_loss")
@@ -71,12 +79,77 @@ def test_a_log_becomes_columns_with_nan_where_a_row_has_no_value(tmp_path):
     assert column(log, "no such column")[0].size == 0
 
 
-@pytest.mark.parametrize("cut", [1, 3, 40])
-def test_a_line_that_was_cut_off_is_left_out(tmp_path, cut):
+@pytest.mark.parametrize("cut, last", [(1, 60), (3, 60), (40, 59)])
+def test_of_a_line_that_was_cut_off_no_cut_cell_is_read(tmp_path, cut, last):
     path = write_log(tmp_path / "run") / "log.csv"
     path.write_bytes(path.read_bytes().rstrip()[:-cut])
     log = read_log(path)
-    assert log["step"][-1] == 59 and log["expert_load"][3][-1].tolist() == [20, 10, 0, 10]
+    assert log["step"][-1] == last and log["loss"][-1] == read_columns(path, ["loss"])["loss"][-1]
+    loads = log["expert_load"][3]
+    assert np.isnan(loads[-1]).all() == (last == 60)
+    assert loads[59].tolist() == [20, 10, 0, 10]
+
+
+@pytest.mark.parametrize("touch", [
+    lambda data: data.replace(b"\r\n", b"\n"), lambda data: b"\xef\xbb\xbf" + data,
+    lambda data: data.replace(b"\r\n", b"\n").rstrip(b"\n"),
+    lambda data: b"\xef\xbb\xbf" + data.rstrip(b"\r\n"),
+    lambda data: b"\r\n".join(b'"%s"' % line.replace(b",", b'","')
+                              for line in data.split(b"\r\n") if line) + b"\r\n"],
+    ids=["git", "mark", "no end", "mark, no end", "quotes"])
+def test_a_log_that_an_editor_has_touched_is_the_same_log(tmp_path, touch):
+    path = write_log(tmp_path / "run") / "log.csv"
+    before = read_log(path), read_columns(path, COLUMNS[:6])
+    path.write_bytes(touch(path.read_bytes()))
+    after = read_log(path), read_columns(path, COLUMNS[:6])
+    np.testing.assert_equal(after, before)
+
+
+def test_columns_may_be_missing_new_and_in_any_order(tmp_path, capsys):
+    folder = write_log(tmp_path / "run")
+    rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
+    kept = [COLUMNS.index(name) for name in ("expert_load", "loss", "step", "max_expert_share")]
+    lines = [",".join([row[i] for i in kept] + [new])
+             for row, new in zip(rows, ["thinking"] + ["0.5"] * (len(rows) - 1))]
+    before = read_log(folder / "log.csv")
+    (folder / "log.csv").write_text("\n".join(lines))
+    log = read_log(folder / "log.csv")
+    assert log["thinking"].tolist() == [0.5] * 61
+    np.testing.assert_equal(log["expert_load"], before["expert_load"])
+    result = program(capsys, folder)
+    assert result.status == 0 and result.out.split() == [str(folder / name)
+                                                         for name in ("loss.png", "load.png")]
+    (folder / "log.csv").write_text("step\n1\n2\n")
+    assert program(capsys, folder).out.split() == [str(folder / "loss.png")]
+
+
+def test_a_long_log_is_read_in_seconds(tmp_path):
+    """300,000 rows in a third of the ten seconds that a million may take."""
+    folder = write_log(tmp_path / "run", steps=1)
+    row = f",100,0.5,1.25,,,{'0.0123456,' * 11};10 20 30 40;;20 10 0 10\n".split(",", 1)[1]
+    with open(folder / "log.csv", "w") as file:
+        file.write(",".join(COLUMNS) + "\n")
+        file.writelines(f"{step},{row}" for step in range(1, 300_001))
+    start = time.process_time()
+    log = read_log(folder / "log.csv")
+    assert time.process_time() - start < 3.3
+    assert len(log["step"]) <= 4000 and (log["loss"] == 1.25).all() and log["step"][-1] > 299_900
+    # some rows of each group are enough to show how the work is shared
+    assert np.allclose(log["expert_load"][3][0] / log["expert_load"][3][0].sum() * 40,
+                       [20, 10, 0, 10])
+
+
+def test_a_long_log_shows_between_what_its_losses_lie(tmp_path, monkeypatch):
+    folder = write_log(tmp_path / "run", steps=1000)
+    run = open_run(folder)
+    assert not plots.loss_figure(run).axes[0].collections
+    run.log = read_log(folder / "log.csv", points=101)
+    full = read_log(folder / "log.csv")["loss"]
+    assert run.log["loss_low"][3] == full[30:40].min()
+    assert run.log["loss_high"][3] == full[30:40].max()
+    ax = plots.loss_figure(run).axes[0]
+    assert len(ax.collections) == 1
+    assert [text.get_text() for text in ax.get_legend().get_texts()][0].endswith("least to largest")
 
 
 def test_rows_of_another_length_are_left_out(tmp_path):
@@ -131,8 +204,10 @@ def test_loss_figure_shows_the_log(tmp_path):
     assert {a.get_xlabel() or a.get_ylabel() for a in ax.child_axes} == {
         "training tokens (millions)", "validation bits per byte"}
     title = figure.get_suptitle()
+    assert max(map(len, title.splitlines())) <= 88                      # what 11 inches hold
+    title = " ".join(title.split())
     total, active = (f"{n / 1e6:.3g} M" for n in GPT(run.config).num_params())
-    assert title.startswith("run\n4 layers, 16 wide, moe, 4 experts, 2 for each token, router topk")
+    assert title.startswith("run 4 layers, 16 wide, moe, 4 experts, 2 for each token, router topk")
     assert f"{active} of {total} parameters active" in title
 
 
@@ -144,6 +219,7 @@ def test_load_maps_show_share_times_experts():
     assert middle.tolist() == [1.5, 2.5, 3.5]
     assert image.get_array().mask.T.tolist() == [[False] * 3 + [True], [False] * 2 + [True] * 2,
                                                  [False] * 4]
+    assert image.cmap == AMOUNTS
     _, middle, relative = plots.load_map(ax, np.arange(4.0), load, columns=1)
     assert np.allclose(relative, [[45 / 25, 35 / 25, 15 / 25, 5 / 25]])
 
@@ -214,6 +290,60 @@ def test_validation_loads_come_from_the_checkpoint(tmp_path):
     assert png_size(folder / "usage.png") == (1950, 975)
 
 
+def test_in_maps_dark_is_little_and_white_is_none():
+    bright = [AMOUNTS(share)[:3] @ np.array([0.3, 0.59, 0.11]) for share in np.linspace(0, 1, 20)]
+    assert (np.diff(bright) > 0).all() and bright[-1] < 0.85
+    assert AMOUNTS(np.ma.masked)[:3] == (1, 1, 1)
+    paths = [dict(arm="a", seed=0, layer=1, corpus=corpus, expert=e, share=share)
+             for corpus, shares in (("x", (0, 1)), ("y", (0.25, 0.75)))
+             for e, share in enumerate(shares)]
+    rows = [dict(arm=arm, seed=0, one=one, two=2 * one) for arm, one in (("a", 1.0), ("b", 1.5))]
+    figure = experiment_figure([dict(kind="routing", arm="a"),
+                                dict(kind="matrix", columns=["one", "two"])], "", "", rows, [],
+                               paths)
+    shares, losses = (ax.images[0] for ax in figure.axes[:2])
+    assert shares.get_array().mask.tolist() == [[True, False], [False, False]]
+    assert losses.get_array().tolist() == [[0, 0], [0.5, 1]]
+    # a bar says what each colour means
+    assert [ax.get_ylabel() for ax in figure.axes[2:]] == ["% of the corpus's tokens",
+                                                           "above the best of its column"]
+
+
+# --- layers that nobody has heard of ---
+
+class Stripes(FeedForward):
+    """Several experts, or one, or very many: token t goes to expert t mod E."""
+
+    def __init__(self, config, d, vocab_size=0, layer=0, n_layer=1):
+        super().__init__()
+        self.n_expert, self.many = config.n_expert, config.n_expert > 50
+        self.weight = torch.nn.Parameter(torch.ones(self.n_expert, d))
+
+    def forward(self, x, ctx):
+        expert = ctx.token_ids % self.n_expert
+        load = torch.bincount(expert.flatten(), minlength=self.n_expert).float()
+        stats = plain_stats(ctx)._replace(load=load, top_expert=expert, dropped=None, entropy=None)
+        return x * self.weight[expert], stats
+
+
+@pytest.mark.parametrize("n, pictures", [(1, []), (3, ["load.png"]), (60, ["usage.png"])])
+def test_a_layer_of_an_unknown_kind_is_logged_evaluated_and_plotted(
+        corpora, tmp_path, capsys, monkeypatch, n, pictures):
+    monkeypatch.setitem(model.KINDS, "stripes", Stripes)
+    folder = tmp_path / "run"
+    assert train.main([*arguments(corpora, folder), "--ffn.kind=stripes",
+                       f"--ffn.n_expert={n}", "--ffn.top_k=1"]) == 0
+    log = read_log(folder / "log.csv")
+    assert {load.shape[1] for load in log["expert_load"].values()} == {n}
+    assert evaluate.main([str(folder), "--probes", *(set(PROBES) - {"math_right"})]) == 0
+    row = json.loads((folder / "evaluation.json").read_text())
+    assert row["val_loss"] > 0 and row["max_expert_share"] <= 1 and "dropped" not in row
+    capsys.readouterr()
+    result = program(capsys, folder)
+    assert result.status == 0 and not result.err
+    assert result.out.split() == [str(folder / name) for name in ["loss.png", *pictures]]
+
+
 # --- the program ---
 
 def program(capsys, *argv):
@@ -241,6 +371,40 @@ def test_several_runs_share_a_figure_and_keep_their_own_loads(tmp_path, capsys):
     assert result.out.split() == [str(path) for path in (
         tmp_path / "both.png", folders[0] / "load.png", folders[2] / "usage.png")]
     assert png_size(tmp_path / "both.png") == png_size(folders[2] / "usage.png") == (1650, 975)
+
+
+def test_several_runs_write_over_no_picture_of_one(tmp_path, capsys):
+    folders = [write_log(tmp_path / name, kind="dense") for name in "ab"]
+    program(capsys, folders[0])
+    before = (folders[0] / "loss.png").read_bytes()
+    result = program(capsys, *folders)
+    assert result.out.split() == [str(folders[0] / "compare.png")] and result.status == 0
+    assert (folders[0] / "loss.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("out, written", [("name", "name.png"), ("there", "there/loss.png"),
+                                          ("there/", "there/loss.png"), ("x.pdf", "x.pdf"),
+                                          ("there/name", "there/name.png")])
+def test_out_says_what_was_written(tmp_path, capsys, monkeypatch, out, written):
+    monkeypatch.chdir(tmp_path)
+    write_log(tmp_path / "run", kind="dense")
+    (tmp_path / "there").mkdir()
+    assert program(capsys, "run", "--out", out).out.split() == [written]
+    assert (tmp_path / written).is_file() and not (tmp_path / "run/loss.png").exists()
+
+
+def test_a_compared_run_without_rows_is_named(tmp_path, capsys):
+    folders = [write_log(tmp_path / "new", kind="dense"), write_log(tmp_path / "old", kind="dense"),
+               tmp_path / "newest"]
+    (folders[0] / "log.csv").write_text(",".join(COLUMNS) + "\r\n")
+    folders[2].mkdir()
+    result = program(capsys, *folders)
+    assert result.status == 0 and result.out.split() == [str(folders[0] / "compare.png")]
+    legend = plots.compare_figure([open_run(f, begun=False) for f in folders]).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "old (1.010)", "new (no row yet)", "newest (no row yet)"]
+    result = program(capsys, folders[0], folders[2])
+    assert result.status == 2 and "logged a step yet" in result.err
 
 
 def test_a_run_that_has_only_begun(tmp_path, capsys):
@@ -326,3 +490,6 @@ def test_the_picture_of_a_block_is_written_and_its_words_keep_apart(tmp_path, ca
     apart = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
     assert not apart and all(figure.bbox.containsx(b.x0) and figure.bbox.containsx(b.x1)
                              for b in boxes)
+
+
+from test_train import arguments, corpora  # noqa: E402,F401 (a fixture)

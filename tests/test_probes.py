@@ -1,6 +1,8 @@
 """Measurements of lab/papers/probes.py."""
+import ast
 import math
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ import torch
 from data.corpora.arithmetic import as_text, problems, prompt
 from data.tokenizers import Tokenizer
 from lab.papers import probes
-from routers import pairs
+from lab.papers.evaluate import goes_by_corpus
+from routers import ROUTERS, pairs
 from sample import Step
-from tiny import batch_of, model_of
+from tiny import batch_of, config_of, model_of
 
 T, NEW = 96, 36             # block, and the tokens of it that an answer may take
 
@@ -72,6 +75,40 @@ def test_math_right_of_an_untrained_model_is_nothing(folder):
                               "data.dir": str(folder)}).eval()
     assert probes.math_right(model, [], model.config, torch.device("cpu"),
                              "float32") == {"math_right": 0.0}
+
+
+# --- who is asked ---
+
+LAB = Path(__file__).parent.parent / "lab"
+BUILDS = {"bench.py", "moe.py", "peer.py", "ptx.py"}      # what they time, they name
+
+
+def test_the_lab_asks_for_no_kind_and_names_no_router():
+    """A layer or a router that it has never heard of must be as good as any other."""
+    names = set(ROUTERS) - {"soft", "base", "hash", "domain", "switch", "gshard"}
+    for path in LAB.rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        asked = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Compare)
+                 and any(isinstance(side, ast.Attribute) and side.attr in ("kind", "router")
+                         and ast.unparse(side.value).endswith("ffn")
+                         for side in (node.left, *node.comparators))]
+        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert not asked, (path, asked)
+        assert path.name in BUILDS or not texts & names, (path, texts & names)
+
+
+@pytest.mark.parametrize("kind", ["dense", "peer", "pkm", "hash", "topk"])
+@pytest.mark.parametrize("name", sorted(set(probes.PROBES) - {"math_right"}))
+def test_every_probe_takes_every_kind(name, kind):
+    row = measured(probes.PROBES[name], model_of(kind))
+    assert all(math.isfinite(value) for value in row.values())
+    assert (row == {}) == (kind in ("dense", "peer", "pkm") or name == "groups"
+                           or kind == "hash" and name in ("logits", "surgery"))
+
+
+def test_only_a_layer_that_goes_by_the_corpus_refuses_another():
+    assert goes_by_corpus(config_of("domain"))
+    assert not any(goes_by_corpus(config_of(kind)) for kind in ("dense", "peer", "topk", "hash"))
 
 
 CPU = torch.device("cpu")

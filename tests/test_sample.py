@@ -10,7 +10,7 @@ import sample
 from data.binfile import DataError
 from data.tokenizers import Tokenizer
 from model import GPT, load_config
-from runtime import checkpoint, terminal
+from runtime import checkpoint, device, terminal
 
 BYTE = Tokenizer.byte()
 MODELS = {"dense": {"ffn.kind": "dense"}, "topk": {}, "expert_choice": {"ffn.router": "expert_choice"},
@@ -354,6 +354,38 @@ def test_mistakes_are_one_line_and_status_2(run_dir, capsys, argv, words):
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 
+@pytest.mark.parametrize("argv, words", [
+    (["RUN", "--threads", "-1"], "--threads"), ([""], "is empty"), (["RUN", "--top_k", "9" * 30], "--top_k"),
+    (["RUN", "--num", "9" * 30], "--num"), (["RUN", "--num", "2147483647"], "not enough memory"),
+    (["RUN", "--seed", "9" * 5000], "--seed"), (["no\x1b[2J"], r"no\x1b[2J: no such run folder"),
+    (["a\0b"], r"a\x00b: cannot be read"), (["x" * 300], "name too long")])
+def test_values_that_nobody_thought_of_are_one_line(run_dir, capsys, argv, words):
+    status, out, err = program(capsys, *(run_dir if a == "RUN" else a for a in argv))
+    assert status in (1, 2) and not out
+    assert err.startswith("error: ") and err.count("\n") == 1 and "\x1b" not in err and words in err
+
+
+def test_small_steps_take_one_thread_unless_somebody_says_otherwise(run_dir, capsys, monkeypatch):
+    """And training, which may come after it in this process, has the number that it had."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    argv, torchs = [run_dir, "--tokens", "3"], torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert program(capsys, *argv)[2].endswith(" tokens/s, 1 thread\n") and torch.get_num_threads() == 2
+    assert program(capsys, *argv, "--threads", "3")[2].endswith(", 3 threads\n") and torch.get_num_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert program(capsys, *argv)[2].endswith(", 2 threads\n")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert device.choose_threads(0, device.SMALL, "cpu") == "2 threads"
+    assert device.choose_threads(0, 1, "cuda") == "2 threads"
+    torch.set_num_threads(torchs)
+
+
+def test_names_in_an_ancestry_reach_no_terminal_as_control_characters(tmp_path, capsys):
+    path = save_run(tmp_path, ancestry=dict(kind="mix", run="a\x1b[2Jb", parents=[dict(kind="train\x07")]))
+    _, _, err = program(capsys, path, "--tokens", "2")
+    assert "made by: mix run=a␛[2Jb [train␇]" in err
+
+
 def test_a_folder_without_a_run_is_one_line_and_status_1(capsys):
     status, out, err = program(capsys, "nowhere")
     assert status == 1 and not out and err.startswith("error: nowhere: no such run folder") and err.count("\n") == 1
@@ -371,7 +403,7 @@ def test_characters_never_seen_and_dense_models_have_their_errors(tmp_path, caps
 def test_help_lists_every_option_with_its_default(capsys):
     status, out, _ = program(capsys, "--help")
     options = [a for a in sample.sample_parser("")._actions if a.option_strings and a.dest != "help"]
-    assert status == 0 and len(options) == 10
+    assert status == 0 and len(options) == 11
     for action in options:
         assert action.option_strings[0] in out and "(default: " in action.help
 

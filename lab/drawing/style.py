@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's and the viridis scale, which colour-blind readers can tell apart. Type
 is large enough for a lecture hall. A figure is a matplotlib Figure: no pyplot, no display.
 """
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -17,8 +18,8 @@ GREEN = PALETTE[2]
 GREY = "#666666"
 # Amounts, in every map of them: dark is little, yellow is much, and white, which masked cells get,
 # is none. The scale's lightest end is cut off, so that no amount looks like white.
-AMOUNTS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.95, 256)))
-AMOUNTS.set_bad("white")
+AMOUNTS = ListedColormap(
+    matplotlib.colormaps["viridis"](np.linspace(0, 0.95, 256))).with_extremes(bad="white")
 matplotlib.rcParams.update({
     "font.size": 14, "axes.titlesize": 14, "figure.titlesize": 16, "legend.fontsize": 13,
     "savefig.dpi": 150,
@@ -32,7 +33,8 @@ matplotlib.rcParams.update({
 def new_figure(width, height, title, subtitle=""):
     """An empty Figure; width and height in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{title}\n{subtitle}".rstrip(), x=0.01, ha="left", linespacing=1.4)
+    lines = [title, *textwrap.wrap(subtitle, int(8 * width))]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", linespacing=1.4)
     return figure
 
 

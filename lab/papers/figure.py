@@ -272,7 +272,7 @@ def draw_routing(ax, panel, rows, curves, routing):
     # An expert that got no token at all is white.
     share = np.ma.masked_equal(100 * grid, 0)
     heat(ax, 100 * grid, share, corpora, experts, "{:.0f}", "% of the corpus's tokens", 100)
-    ax.set_xlabel(f"expert of layer {layer} (% of the corpus's tokens)")
+    ax.set_xlabel(f"expert of layer {layer}")
     ax.set_title(panel.get("title", label(panel, panel["arm"])), loc="left")
 
 
@@ -280,14 +280,15 @@ def heat(ax, grid, shade, down, across, form, meaning, most=None):
     """A table of numbers over colours, from 0 to `most` (None: the largest of this table); meaning:
     of the colour, for its bar."""
     image = ax.imshow(shade, cmap=AMOUNTS, aspect="auto", vmin=0, vmax=most)
-    ax.figure.colorbar(image, ax=ax, label=meaning)
+    ax.figure.colorbar(image, ax=ax, label=meaning, fraction=0.05, pad=0.02)
     ax.set_xticks(range(len(across)), across)
     ax.set_yticks(range(len(down)), down)
     ax.grid(False)
+    # Letters are white on what looks dark; a masked cell is white.
+    bright = image.cmap(image.norm(shade))[..., :3] @ [0.3, 0.59, 0.11]
     for (i, j), value in np.ndenumerate(grid):
-        dark = sum(image.cmap(image.norm(shade[i, j]))[:3]) < 1.5       # white is masked
-        ax.text(j, i, form.format(value), ha="center", va="center", color="w" if dark else "k",
-                fontsize=12)
+        ax.text(j, i, form.format(value), ha="center", va="center",
+                color="w" if bright[i, j] < 0.5 else "k", fontsize=12 if len(across) < 8 else 10)
 
 
 def draw_scatter(ax, panel, rows, curves, routing):

@@ -91,10 +91,11 @@ if __name__ == "__main__":
     for shape in ((768, 256, 8, bf16), (768, 1024, 2, bf16), (1000, 344, 3, bf16),
                   (768, 256, 8, fp32)):
         moe(*shape)
-    for d, dtype in ((256, bf16), (512, bf16), (768, bf16), (1024, bf16), (256, fp32), (512, fp32),
-                     (768, fp32), (1024, fp32)):
+    for d, dtype in ((256, bf16), (512, bf16), (768, bf16), (1024, bf16), (1100, bf16), (256, fp32),
+                     (512, fp32), (768, fp32), (1024, fp32), (1100, fp32)):
         peer(d, 128, dtype)
-    for d, k, dtype in ((64, 16, fp32), (128, 16, fp32), (64, 32, fp32), (64, 16, bf16)):
-        print(f"sub-keys d {d} n 1024 k {k} {dtype}")
+    for d, k, dtype in ((64, 16, fp32), (128, 16, fp32), (64, 32, fp32), (64, 16, bf16), (64, 32, bf16)):
+        print(f"sub-keys c {d} m 1024 k {k} {dtype}")
         q, sub_keys = torch.zeros(16, 8, 2, d, dtype=dtype), torch.zeros(2, 1024, d, dtype=dtype)
-        product_keys.product_key_topk(q, sub_keys, k)
+        scores, indices = product_keys.product_key_topk(q, sub_keys, k)
+        product_keys.sub_key_gradient(q, scores, indices.clamp(0, 1023), 1024)

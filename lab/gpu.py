@@ -1,0 +1,294 @@
+"""Everything that only a GPU can tell, in one command, for a card that is lent for half an hour:
+
+    python -m lab.gpu [--minutes 9] [--out DIR] [--only PART ...] [--rehearse]
+
+The same command goes on where the last one stopped: what held is not done again, what failed is
+tried again after what was never tried. Corpora named python and docs come from the machine's own
+Python, so that only experiments of the part papers read them; all else reads generated ones.
+
+    part      minutes  what it does                                         writes to DIR
+    check     3        fast paths against their twins (lab/timing/gpu_check.py)  check.csv
+    compile   3        every kind and router compiled (lab/timing/gpu_models.py) compile.csv
+    bench     6        tables of lab.bench (lab/timing/gpu_bench.py)        bench.json, bench.png
+    train     5        the 124M pair and small configs by train.py          train.csv, kernels.csv
+    papers    the rest gpu sizes of configs/papers, in order of value       papers.json
+
+status.json holds the state of every unit. Eight files, none above 16 MiB. Each row says card, torch,
+triton and commit; outside git set the environment variable COMMIT. A part that has used up its
+minutes makes room for the next ones and gets what they leave.
+
+On a card every part runs in a process of its own, so that a crash or a hang costs one unit. The
+tables of papers.json are written to results/NAME/gpu where there are none by any later call,
+`--only papers --minutes 0` included; `python -m lab.experiment FILE --size gpu --replot` draws them.
+
+--rehearse: the same parts at toy size on a CPU, in this process, kernels in Triton's interpreter.
+
+Exit status: 0 all that was asked for held, 1 something failed, 2 a mistake in what was asked for, 3
+nothing failed but the time ended first.
+"""
+import os
+import sys
+
+if "--rehearse" in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "1")      # read when triton is imported
+
+import argparse
+import json
+import signal
+import subprocess
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from lab.papers.tables import read_table, write_table
+from lab.timing import gpu_bench, gpu_check, gpu_models, gpu_papers, gpu_train
+from lab.timing.gpu_unit import CUDA, Place, where
+from runtime.checkpoint import write_text
+from runtime.config import Ending, Parser, parse
+from settings import ConfigError
+
+PARTS = {"check": gpu_check.units, "compile": gpu_models.compile_units, "bench": gpu_bench.units,
+         "train": gpu_train.units, "papers": gpu_papers.units}
+MINUTES = {"check": 3, "compile": 3, "bench": 6, "train": 5}
+ROOT = Path(__file__).parent.parent
+
+
+# ---- what is known of the units: status.json, {"part/unit": {state, said, seconds, call, ...}} ----
+
+def load(place):
+    path = place.out / "status.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def put(place, key, **what):
+    """Writes the state of a unit: running, held, failed, or left for a later call."""
+    status = load(place)
+    status[key] = status.get(key, {}) | what
+    lines = [f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in status.items()]
+    write_text(place.out / "status.json", "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def keep(place, part, unit, rows):
+    """Writes the rows of a unit in the place of those that it had; kernels go to a table of their
+    own."""
+    rows = [dict(unit=unit) | row | where() for row in rows]
+    for row in rows:
+        if kernels := row.pop("kernels", None):
+            keep_rows(place.out / "kernels.csv", unit,
+                      [dict(unit=unit, kernel=name, calls=n, ms=ms) | where()
+                       for name, n, ms in kernels])
+    if part == "bench":
+        keep_rows(place.out / "bench.json", unit, rows)
+        gpu_bench.draw(place.out / "bench.json", place.out / "bench.png")
+    elif part != "papers":
+        keep_rows(place.out / f"{part}.csv", unit, rows)
+
+
+def keep_rows(path, unit, rows):
+    """Replaces the rows of a unit in a CSV file, or in a JSON file with a row per line."""
+    if path.suffix == ".json":
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    else:
+        old = read_table(path)
+    rows = [row for row in old if row["unit"] != unit] + rows
+    if path.suffix == ".json":
+        write_text(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    else:
+        write_table(path, rows, list(dict.fromkeys(name for row in rows for name in row)))
+
+
+# ---- a part in this process ----
+
+def work(part, place, end, call, toy):
+    """Does the units of a part that are not done, until the end. Returns False where the card can
+    do no more in this process."""
+    try:
+        found = PARTS[part](toy, place)
+    except Exception as error:              # a part that cannot even say what it would do
+        put(place, f"{part}/units", state="failed", said=text_of(error), seconds=0, call=call)
+        return True
+    status = load(place)
+    for unit in found:
+        if f"{part}/{unit.name}" not in status:
+            put(place, f"{part}/{unit.name}", state="left", said="not begun", seconds=0, call="")
+    # What was never tried comes first.
+    status = load(place)
+    found.sort(key=lambda unit: status[f"{part}/{unit.name}"]["state"] == "failed")
+    for unit in found:
+        entry = status[f"{part}/{unit.name}"]
+        if entry["state"] == "held" or entry["call"] == call or time.time() + unit.least > end:
+            continue
+        if not do(part, unit, place, end, call):
+            return False
+    return True
+
+
+def do(part, unit, place, end, call):
+    """One unit. Returns False where the card can do no more in this process."""
+    key, start = f"{part}/{unit.name}", time.time()
+    put(place, key, state="running", said="", call=call, since=start, limit=unit.limit)
+    print(f"{key} ...", flush=True)
+    try:
+        rows = unit.run(min(end, start + unit.limit))
+        keep(place, part, unit.name, rows)
+        state, said = judge(rows)
+    except Exception as error:              # whatever it is, the others go on
+        traceback.print_exc()
+        state, said = "failed", text_of(error)
+    put(place, key, state=state, said=said, seconds=round(time.time() - start, 2))
+    print(f"{key}: {state} {said}", flush=True)
+    return state != "failed" or works()
+
+
+def judge(rows):
+    """(state, what to say) of a unit's rows."""
+    wrong = [row for row in rows if row.get("held", True) is False]
+    if wrong:
+        row = wrong[0]
+        told = ", ".join(f"{name} {row[name]}" for name in ("case", "dtype", "quantity")
+                         if name in row)
+        if "error" in row:
+            told += f": error {row['error']:.1e} above {row['limit']:.0e}"
+        return "failed", f"{len(wrong)} of {len(rows)} rows, first {told}"
+    if any(row.get("held", True) is None for row in rows):
+        return "left", "the time ended; the next call goes on"
+    return "held", f"{len(rows)} rows"
+
+
+def text_of(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def works():
+    """Whether the card still answers: an illegal access ends all that a process can do with it."""
+    try:
+        if CUDA:
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+# ---- a part in processes of its own ----
+
+def watch(part, place, end, call, command=None):
+    """Runs a part in a process, and in a new one after a crash, until nothing is left to try."""
+    command = command or [sys.executable, "-m", "lab.gpu", "--out", str(place.out), "--inside",
+                          part, "--until", str(end), "--call", call]
+    while time.time() < end:
+        tried = sum(entry.get("call") == call for entry in load(place).values())
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        why = wait(process, place, end)
+        for key, entry in load(place).items():
+            if entry["state"] == "running":
+                late = why == "the time ended"
+                put(place, key, state="left" if late else "failed", said=why,
+                    seconds=round(time.time() - entry["since"], 2))
+        if process.returncode == 0:
+            return
+        if sum(entry.get("call") == call for entry in load(place).values()) == tried:
+            put(place, f"{part}/process", state="failed", said=why, seconds=0, call=call)
+            return
+
+
+def wait(process, place, end):
+    """Waits for a process, and ends it where a unit or the call takes too long; returns why it
+    ended."""
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            now = time.time()
+            running = [e for e in load(place).values() if e["state"] == "running"]
+            # A unit gets a few seconds to end by itself.
+            if any(now > min(end, e["since"] + e["limit"]) + 5 for e in running) or now > end + 10:
+                return "the time ended" if now > end else "took longer than its limit"
+        return f"its process ended with status {process.returncode}"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+# ---- the program ----
+
+def go(options, place, end, call):
+    """Parts in turn: first each within its minutes, then what is left of them, then papers."""
+    parts = options.only or list(PARTS)
+    turns = [(part, 60 * MINUTES[part]) for part in MINUTES if part in parts]
+    turns += [(part, float("inf")) for part in PARTS if part in parts]
+    for part, budget in turns:
+        spent = sum(e["seconds"] for key, e in load(place).items() if key.startswith(part + "/"))
+        until = min(end, time.time() + budget - spent)
+        if options.rehearse:
+            work(part, place, until, call, toy=True)
+        else:
+            watch(part, place, until, call)
+
+
+def print_status(place, parts):
+    """The table of what held and what failed; returns the exit status."""
+    print(f"\n{', '.join(f'{name} {value}' for name, value in where().items())}")
+    print(f"{'part':<9}{'held':>6}{'failed':>8}{'left':>6}{'seconds':>9}")
+    status, states = load(place), []
+    for part in parts:
+        own = {key: e for key, e in status.items() if key.startswith(part + "/")}
+        n = {state: sum(e["state"] == state for e in own.values())
+             for state in ("held", "failed", "left")}
+        seconds = sum(e["seconds"] for e in own.values())
+        print(f"{part:<9}{n['held']:>6}{n['failed']:>8}{n['left']:>6}{seconds:>9.0f}")
+        states += [e["state"] for e in own.values()] or ["left"]
+    for key, entry in status.items():
+        if entry["state"] == "failed" and key.split("/")[0] in parts:
+            print(f"failed: {key}: {entry['said']}")
+    print(f"{place.out}", flush=True)
+    return 1 if "failed" in states else 3 if "left" in states else 0
+
+
+def build_parser():
+    parser = Parser(prog="python -m lab.gpu", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9, metavar="M",
+                        help="of this call (default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR",
+                        help="results (default: runs/gpu; of a rehearsal a fresh folder)")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART",
+                        help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
+    for word in ("--inside", "--until", "--call"):      # how it calls itself
+        parser.add_argument(word, help=argparse.SUPPRESS)
+    return parser
+
+
+def make_place(options):
+    """The Place of a call. Raises ConfigError."""
+    out = Path(options.out or (tempfile.mkdtemp() if options.rehearse else ROOT / "runs" / "gpu"))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: must be a folder: {error.strerror}") from None
+    return Place(out.resolve(), out.resolve().with_name(out.resolve().name + "-scratch"))
+
+
+def main(argv=None):
+    """Returns the exit status."""
+    with Ending() as end:
+        options, _ = parse(build_parser(), argv)
+        if not options.minutes >= 0:
+            raise ConfigError(f"--minutes {options.minutes}: must be at least 0")
+        if not (options.rehearse or CUDA or options.inside):
+            raise ConfigError("PyTorch finds no CUDA device here; --rehearse runs on a CPU")
+        place, start = make_place(options), time.time()
+        if options.inside:
+            alive = work(options.inside, place, float(options.until), options.call, toy=False)
+            end.status = 0 if alive else 4
+        else:
+            go(options, place, start + 60 * options.minutes, str(start))
+            end.status = print_status(place, options.only or list(PARTS))
+    return end.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
