@@ -28,6 +28,7 @@ from torch import Tensor
 from data.binfile import DataError
 from ffn import Stats
 from model import load_model
+from runtime import memory
 from runtime.checkpoint import CheckpointError
 from runtime.config import parse
 from runtime.device import choose_threads, own_threads, pick_device
@@ -155,6 +156,7 @@ def run(o):
     if len(ids) > block:
         tell(f"the prompt has {len(ids)} tokens, model.block_size is {block}: its last {max(block // 2, 1)} "
              "are read")
+    memory.check_texts(model, o.num, device)
     threads = choose_threads(o.threads, o.num * model.flops_per_token(), device)
     prompt_ids = torch.tensor([ids] * o.num, device=device)
     start, extra = time.perf_counter(), 1 if marker else 0          # the last token is read by one step more

@@ -97,7 +97,9 @@ def check_finite(folder, trainer, *parts):
     such a checkpoint must not take the place of a good one."""
     for name, t in (item for part in parts for item in part.items()):
         if t.is_floating_point() and not t.isfinite().all():
-            kept = f"the checkpoint before is kept, {go_on(folder)}" if can_resume(folder) else "none was saved before"
+            kept = "none was saved before"
+            if can_resume(folder):
+                kept = f"the checkpoint before is kept, {go_on(folder)}"
             raise TrainingError(f"after step {trainer.done} {name} is not finite; nothing is saved, {kept}, or "
                                 "start anew with a lower train.lr, a longer train.warmup_steps or a smaller "
                                 "train.grad_clip")
@@ -285,8 +287,8 @@ def check_free(out, overwrite, sources=()):
     if has_run(out) and not overwrite:
         resume = f"`{program('train.py')} --out {quoted(out)} --resume` goes on with it"
         what = resume if can_resume(out) else f"of which {BEST} alone is left"
-        raise ConfigError(f"{out} already holds a run: {what}, --overwrite replaces it, --out DIR takes another "
-                          "folder")
+        raise ConfigError(f"{out} already holds a run: {what}, --overwrite replaces it, --out DIR takes "
+                          "another folder")
 
 
 def save_made(out, config, state, tokenizer, ancestry=None):

@@ -98,7 +98,7 @@ def load(path, device="cpu"):
     except (zipfile.BadZipFile, EOFError) as e:
         raise CheckpointError(f"{path}: damaged or cut short ({e}); delete it, or copy it again") from None
     except Exception as e:                              # unpickling a foreign file can raise anything at all
-        if isinstance(e, OSError) and e.errno != errno.EINVAL:          # EINVAL: it names a place before its begin
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:      # that: it names a place before its begin
             raise CheckpointError(explain(e, path, done="read", remedy="move it away")) from e
         if short := memory.shortage(e):
             raise CheckpointError(f"{path}: {short}") from None

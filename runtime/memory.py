@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from runtime import parallel
 from settings import ConfigError
@@ -58,6 +59,15 @@ def check(config, device, build):
     if bytes > there:
         raise ConfigError(f"not enough memory on {device}: training needs at least {size(bytes)} ({what}), "
                           f"there are {size(there)}; {SMALLER}")
+
+
+def check_texts(model, num, device):
+    """Raises ConfigError for more texts at once than memory holds: each has a cache of block_size positions."""
+    one = sum(t.numel() * t.element_size() for t in tree_leaves(model.new_cache(1).states))
+    bytes, there = num * one, memory_of(torch.device(device))
+    if bytes > there:
+        raise ConfigError(f"--num {num}: these texts need at least {size(bytes)} of memory, there are "
+                          f"{size(there)}")
 
 
 def shortage(error):

@@ -134,7 +134,8 @@ def cut_log(path, step, columns):
             elif line.endswith("\n") and line.strip():          # else a killed process left a part of a row
                 odd.append(number)
     if odd:
-        tell(f"note: {path}: {len(odd)} lines are no rows of the log and were left out, the first is line {odd[0]}")
+        tell(f"note: {path}: {len(odd)} lines are no rows of the log and were left out, the first is line "
+             f"{odd[0]}")
     return merged
 
 

@@ -107,7 +107,8 @@ def check_sample(o):
             (o.tokens >= 1, "tokens", "at least 1"), (1 <= o.num < 2**31, "num", "at least 1, below 2^31"),
             (0 <= o.threads <= 1024, "threads", "at least 0 and at most 1024"),
             (0 <= o.temperature < math.inf, "temperature", "at least 0 and finite"),
-            (0 <= o.top_k < 2**62, "top_k", "at least 0, below 2^62"), (0 < o.top_p <= 1, "top_p", "above 0 and at most 1"),
+            (0 <= o.top_k < 2**62, "top_k", "at least 0, below 2^62"),
+            (0 < o.top_p <= 1, "top_p", "above 0 and at most 1"),
             (0 <= o.seed < 2**62, "seed", "at least 0 and below 2^62")]:
         if not fine:
             raise ConfigError(f"--{name} {getattr(o, name)} must be {rule}")

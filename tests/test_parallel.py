@@ -19,8 +19,9 @@ from tiny import batch_of, model_of
 import train
 from data.prepare import prepare
 from model import load_config, load_model
-from runtime import checkpoint, parallel
 from routers import DIFFERS, ROUTERS
+from runtime import checkpoint, parallel
+from settings import ConfigError
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not Path("/proc/self/task").exists(),
                                 reason="needs torch.distributed and /proc")
@@ -205,7 +206,7 @@ def test_fsdp_refuses_what_reaches_into_rows(monkeypatch):
     monkeypatch.setattr(parallel, "world", lambda: 2)
     for settings in ([("ffn.n_frozen", "2")], [("lifelong.l2", "1"), ("train.init_from", "x")]):
         config = load_config(None, [("train.parallel", "fsdp"), *settings])
-        with pytest.raises(train.ConfigError, match="train.parallel"):
+        with pytest.raises(ConfigError, match="train.parallel"):
             parallel.check(config, torch.device("cpu"))
 
 

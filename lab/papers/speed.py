@@ -24,7 +24,7 @@ from data.batches import token_counts
 from model import check, load_config
 from runtime import checkpoint
 from runtime.config import Ending, Parser, add_settings, parse, tell
-from runtime.device import resolve_compile, resolve_device, resolve_dtype
+from runtime.device import compile_forward, resolve_compile, resolve_device, resolve_dtype
 from runtime.start import make_ready
 from train import Trainer
 
@@ -40,7 +40,7 @@ def measure(config, steps):
     trainer.model.set_token_counts(token_counts(folders, config.model.vocab_size))
     compiled, _ = resolve_compile(config, device, trainer.model.not_compiled())
     if compiled:
-        trainer.compile(tell)
+        compile_forward(trainer, tell)
     # Whole steps; on CUDA a step ends when the device has done its work.
     times = []
     for _ in range(steps):

@@ -17,6 +17,7 @@ from lab.timing.moe import MOE_SHAPES, MoEShape, bench_moe
 from lab.timing.peer import PEER_SHAPES, PEERShape, bench_peer
 
 SECONDS = 8             # of the rounds of one contestant
+OVER = "the time is over"                               # in the note of a row that is not measured
 TOY_MOE, TOY_PEER = MoEShape(32, 16, 4, 2, 8), PEERShape(8, 16, 2, 2, 32, d_key=8)
 TOY_MODEL = {"model.n_layer": 1, "model.n_embd": 16, "model.n_head": 2, "model.block_size": 8,
              "train.batch_size": 2, "ffn.d_ff": 16}
@@ -55,11 +56,12 @@ def ceilings(toy, end):
 
 
 def measure_table(toy, name, place, end):
-    """Rows of the table at one place of a bench."""
+    """Rows of the table at one place of a bench; not finished where the time did not suffice."""
     left = end - time.time()
     machine = this_machine(toy)._replace(budget=SECONDS, end=time.perf_counter() + left - 5)
     try:
-        return tables_of(toy, machine)[name][place].rows()
+        rows = tables_of(toy, machine)[name][place].rows()
+        return [row | dict(held=None) if OVER in (row["note"] or "") else row for row in rows]
     finally:
         if CUDA:
             torch.cuda.empty_cache()
@@ -76,8 +78,8 @@ def units(toy, place):
 
 
 def draw(rows_path, path):
-    """A bar for each contestant of the bfloat16 tables: how many times the dense twin's time a
-    forward and backward pass takes."""
+    """A bar for each contestant: how many times the dense twin's time a forward and backward pass
+    takes."""
     rows = [row for row in json.loads(rows_path.read_text(encoding="utf-8"))
             if row["ratio_to_dense"] and row["direction"] == "fwd+bwd" and row["path"] != "dense"]
     if not rows:

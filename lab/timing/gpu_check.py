@@ -22,6 +22,7 @@ from routers import Routing, pairs
 
 RUNS = HAS_TRITON and (CUDA or INTERPRETED)             # whether there are kernels to check
 DTYPES = torch.float32, torch.bfloat16
+PATHS = [path for path in moe.DISPATCH if RUNS or path != "fused"]
 
 
 class Sizes(NamedTuple):
@@ -36,7 +37,7 @@ class Sizes(NamedTuple):
     V: int
 
 
-CARD, TOY = Sizes(1031, 776, 264, 9, 3, 37, 1001, 5003), Sizes(13, 24, 16, 5, 3, 5, 19, 37)
+CARD, TOY = Sizes(1031, 776, 264, 9, 3, 37, 1001, 5003), Sizes(7, 24, 16, 5, 3, 5, 11, 37)
 
 
 def draw(*shape, dtype=torch.float32):
@@ -240,7 +241,7 @@ def units(toy, place):
                                                               *words[-1]))
                      for dtype in DTYPES)
 
-    for path in [path for path in moe.DISPATCH if RUNS or path != "fused"]:
+    for path in PATHS:
         add(f"dispatch {path}", check_dispatch, s, path, [activations])
     for name, function in KERNELS.items() if RUNS else ():
         add(f"kernel {name}", check_kernel, function, s, [])

@@ -55,7 +55,7 @@ def build(name, more):
 
 def batch(i):
     """Tokens, targets and domains; every second batch has few tokens, so that loads differ."""
-    B, T = (5, 63) if CUDA else (3, 5)
+    B, T = (5, 63) if CUDA else (2, 5)
     tokens = torch.randint(3 if i % 2 else 96, (B, T + 1),
                            generator=torch.Generator().manual_seed(i)).to(DEVICE)
     return tokens[:, :-1], tokens[:, 1:], (torch.arange(B, device=DEVICE) + i) % 4
@@ -111,11 +111,11 @@ def model_units(toy):
 COMPILED = {"float32": 1e-3, "bfloat16": 0.15}
 
 
-def check_compiled(name, backend, dtype, end):
+def check_compiled(name, more, backend, dtype, end):
     """Whole graph, five batches of different loads without a second compilation, and the gradients
     of eager steps."""
     torch._dynamo.reset()
-    model = build(name, {})
+    model = build(name, more)
     forward = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     # Random numbers and roundings of an eager step; the compiler's own are others.
     like_eager = torch._inductor.config.patch(fallback_random=True, emulate_precision_casts=True)
@@ -129,11 +129,14 @@ def check_compiled(name, backend, dtype, end):
 
 
 def compile_units(toy, place):
-    """Every kind and router that compiles, in bfloat16 and then in float32."""
+    """Every kind and router that compiles, and the loss in chunks, in bfloat16 and then in
+    float32."""
     backend = "eager" if toy else "inductor"
     fit = [name for name in names() if name in KINDS or ROUTERS[name].traits.compiles]
-    pairs = [(name, dtype) for dtype in ("bfloat16", "float32") for name in fit]
+    models = {name: (name, {}) for name in fit}
+    models["dense, loss in chunks"] = "dense", {"model.loss_chunks": 3}
+    pairs = [(title, dtype) for dtype in ("bfloat16", "float32") for title in models]
     if toy:
         pairs = [("topk", "float32")]
-    return [Unit(f"{name} {dtype}", partial(check_compiled, name, backend, dtype), least=20,
-                 limit=120) for name, dtype in pairs]
+    return [Unit(f"{title} {dtype}", partial(check_compiled, *models[title], backend, dtype),
+                 least=20, limit=120) for title, dtype in pairs]

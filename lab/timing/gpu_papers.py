@@ -6,6 +6,8 @@ starts from trained weights; last the experiments on `python` and `docs`, whose 
 Python of the machine, so that their losses compare within one machine alone. All others read
 generated corpora.
 """
+import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from functools import partial
 
 from lab import experiment
 from lab.papers.arms import ROOT
-from lab.timing.gpu_unit import Unit
+from lab.timing.gpu_unit import Unit, where
 from runtime.checkpoint import write_text
 
 FIRST = ["peer_experts", "peer_isoflop", "fine_grained", "deepseek_moe", "peer_active",
@@ -39,15 +41,16 @@ def command(name, results, *more):
 def unpack(results, kept):
     """Writes the tables of papers.json into the results where there are none: a fresh machine goes
     on where another was."""
-    for name, texts in kept.items():
+    for name, entry in kept.items():
         folder = results / name / "gpu"
         if not (folder / "runs.csv").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            for file, text in texts.items():
+            for file, text in entry["files"].items():
                 write_text(folder / file, text)
 
 
 def read_kept(path):
+    """papers.json: {name of the experiment: {where it was measured, files: {name: text}}}."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -72,7 +75,7 @@ def run_experiment(name, results, path, seeds, end):
     texts = {file: (folder / file).read_text(encoding="utf-8") for file in KEPT
              if (folder / file).exists()}
     if texts:
-        write_text(path, json.dumps(before | {name: texts}, indent=1))
+        write_text(path, json.dumps(before | {name: where() | dict(files=texts)}, indent=1))
     if process.returncode and not stopped:
         raise RuntimeError(last_line(said) or f"lab.experiment ended with {process.returncode}")
     runs = max(0, texts.get("runs.csv", "").count("\n") - 1)
@@ -85,7 +88,9 @@ def last_line(text):
 
 def list_experiment(name, results, end):
     """A rehearsal: the file expands at size gpu."""
-    if experiment.main([*command(name, results), "--list"]):
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = experiment.main([*command(name, results), "--list"])
+    if status:
         raise RuntimeError(f"{name}: --list failed")
     return [dict(runs=0)]
 

@@ -62,7 +62,9 @@ class Watched(train.Trainer):
 def kernels_of(profile):
     """The 60 longest kernels, on a CPU operators: [name, calls, ms]."""
     device = "CUDA" if CUDA else "CPU"
-    events = [e for e in profile.key_averages() if e.device_type.name == device]
+    # Annotations, such as that of the optimizer, span kernels that are listed too.
+    events = [e for e in profile.key_averages() if e.device_type.name == device
+              and not getattr(e, "is_user_annotation", False)]
     time_of = lambda e: e.self_device_time_total if CUDA else e.self_cpu_time_total   # noqa: E731
     events.sort(key=time_of, reverse=True)
     return [[e.key[:160], e.count, time_of(e) / 1e3] for e in events[:60]]

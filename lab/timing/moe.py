@@ -3,11 +3,13 @@ twin.
 
 Each contestant is the whole layer as training calls it: router, counting, sort, experts, combine.
 They share one set of weights. The Mixtral block of Hugging Face transformers joins in where that
-package is installed, with its grouped experts and weights of its own.
+package is installed, with its grouped experts and weights of its own, and on CUDA Liger's experts
+likewise, whose autotuning happens in the first call and is told apart.
 """
 import copy
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -134,12 +136,33 @@ def mixtral_block(shape, dtype, device):
     return block.to(device, dtype)
 
 
+class LigerLayer(nn.Module):
+    """Liger's experts of this shape behind our router."""
+
+    def __init__(self, shape, dtype, device):
+        from liger_kernel.transformers.swiglu import LigerExperts
+        super().__init__()
+        self.router = build_moe(shape, dtype, device).router
+        self.experts = LigerExperts(SimpleNamespace(
+            num_local_experts=shape.E, hidden_size=shape.d, intermediate_size=shape.n,
+            hidden_act="silu")).to(device, dtype)
+        for weight in self.experts.parameters():
+            draw(weight)
+
+    def forward(self, x):
+        experts, gates = self.router(x.flatten(0, 1), None).by_token()
+        return self.experts(x, experts, gates.to(x.dtype))
+
+
 def peers_of(shape, dtype, device):
     """{name: Peer} of what is installed and can have this shape."""
-    version = version_of("transformers")
-    if version is None or shape.shared or shape.skew:
+    if shape.shared or shape.skew:
         return {}
-    return {f"transformers {version}": Peer(partial(mixtral_block, shape, dtype, device))}
+    makers = {"transformers": mixtral_block}
+    if device == "cuda":
+        makers["liger-kernel"] = LigerLayer
+    return {f"{package} {version}": Peer(partial(make, shape, dtype, device))
+            for package, make in makers.items() if (version := version_of(package))}
 
 
 def paths_of(device):
