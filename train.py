@@ -135,8 +135,9 @@ def train(trainer, valid, out, say, bar, log, stop):
     t = trainer.config.train
     # where it starts: log V, or what init_from brought along
     if trainer.done == 0:
-        row = keep_best(trainer, trainer.evaluate(valid), out, say)
+        row, news = keep_best(trainer, trainer.evaluate(valid), out)
         log.write([dict(step=0, tokens=0, seconds=0.0)], **row)
+        say(news)
     ends = trainer.done >= t.max_steps
     while not ends:
         log.rows.append(trainer.step())
@@ -149,11 +150,14 @@ def train(trainer, valid, out, say, bar, log, stop):
             rows = log.settle()
             last = rows[-1]
             bar.set_postfix_str(f"loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s", False)
-            row = keep_best(trainer, trainer.evaluate(valid), out, say) if evaluates else {}
+            row, news = keep_best(trainer, trainer.evaluate(valid), out) if evaluates else ({}, "")
             log.write(rows, **row)
         bar.update()
+        # saved before anything is said: a terminal that blocks or is gone costs no checkpoint
         if saves:
             checkpoint.save_run(out, trainer)
+        if evaluates:
+            say(news)
         if due(trainer.done, t.sample_every) and not ends:
             say(sample_of(trainer))
         if not log.rows:                         # else the clock is running for rows that are not settled yet
@@ -172,23 +176,21 @@ def sample_of(trainer):
     return sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed)
 
 
-def keep_best(trainer, results, out, say):
-    """Keeps the weights if an evaluation's results are the best so far, and says so; returns the columns for
-    the log."""
+def keep_best(trainer, results, out):
+    """Keeps the weights if an evaluation's results are the best so far: (columns for the log, a line about it)."""
     t = trainer.config.train
     # the mean over the corpora, as they are weighted in training
     weights = trainer.config.data.weights or [1.0] * len(results)
     loss, bpb = (sum(w * r[i] for w, r in zip(weights, results.values())) / sum(weights) for i in (0, 1))
-    # saved before anything is said: a terminal that is gone costs no checkpoint
     better = loss < trainer.best
     if better:
         trainer.best = loss
         if t.keep != "last" and (trainer.done or t.init_from):      # trained weights may stay the best
             checkpoint.save_best(out, trainer)
-    say(f"step {trainer.done:>6}/{t.max_steps}  validation {loss:.4f} nats a token, {bpb:.4f} bits a byte"
-        f"{'  (best so far)' if better and trainer.done else ''}")
     row = dict(val_loss=loss, val_bpb=bpb)
-    return row | ({f"val_loss_{name}": r[0] for name, r in results.items()} if len(results) > 1 else {})
+    row |= {f"val_loss_{name}": r[0] for name, r in results.items()} if len(results) > 1 else {}
+    return row, (f"step {trainer.done:>6}/{t.max_steps}  validation {loss:.4f} nats a token, {bpb:.4f} bits a byte"
+                 f"{'  (best so far)' if better and trainer.done else ''}")
 
 
 def detached(stats):

@@ -80,7 +80,7 @@ def test_math_right_of_an_untrained_model_is_nothing(folder):
 # --- who is asked ---
 
 LAB = Path(__file__).parent.parent / "lab"
-BUILDS = {"bench.py", "moe.py", "peer.py", "ptx.py"}      # what they time, they name
+BUILDS = {"bench.py", "gpu_models.py", "moe.py", "peer.py", "ptx.py"}      # what they time, they name
 
 
 def test_the_lab_asks_for_no_kind_and_names_no_router():
