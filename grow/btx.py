@@ -28,7 +28,8 @@ from grow.parents import (LAYOUT, check_branches, check_layers, check_settings, 
 from model import GPT, check, resolve, sparse_layers
 from routers import ROUTERS, help_text
 from runtime import checkpoint
-from runtime.config import Ending, Parser, add_settings, from_tables, parse, set_text
+from runtime.config import Parser, add_settings, from_tables, parse, set_text
+from runtime.ending import Ending
 from settings import ConfigError, FFNConfig
 
 # What of [ffn] follows from the parents and cannot be chosen.

@@ -19,7 +19,8 @@ from grow.retain import kl_divergence
 from model import GPT, sparse_layers
 from routers import ALL, traits_of
 from runtime import checkpoint
-from runtime.config import Ending, Parser, from_tables, parse
+from runtime.config import Parser, from_tables, parse
+from runtime.ending import Ending
 from settings import ConfigError, show
 
 ROUTER_NOISE = 0.01     # of a copied router row, as a share of the rows' root mean square

@@ -24,7 +24,8 @@ from lab.timing.moe import MOE_SHAPES, bench_moe
 from lab.timing.peer import PEER_SHAPES, bench_peer
 from model import GPT, load_config
 from runtime.checkpoint import write_text
-from runtime.config import Ending, Parser, parse
+from runtime.config import Parser, parse
+from runtime.ending import Ending
 from runtime.device import precision
 from settings import ConfigError
 from train import build_optimizer

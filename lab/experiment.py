@@ -30,7 +30,8 @@ from lab.papers.spec import SIZES, read_experiment
 from lab.papers.tables import read_table, write_table
 from lab.papers.verdict import concerns, read_claims
 from runtime import checkpoint
-from runtime.config import Ending, Parser, parse
+from runtime.config import Parser, parse
+from runtime.ending import Ending
 from settings import ConfigError
 
 MEASURED = ["val_loss", "val_bpb", "active_params", "total_params", "flops_per_token", "tokens",

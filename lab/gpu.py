@@ -55,7 +55,8 @@ from lab.papers.tables import read_table, write_table
 from lab.timing import gpu_bench, gpu_check, gpu_models, gpu_papers, gpu_train
 from lab.timing.gpu_unit import CUDA, Place, where
 from runtime.checkpoint import write_text
-from runtime.config import Ending, Parser, parse
+from runtime.config import Parser, parse
+from runtime.ending import Ending
 from runtime.device import own_threads
 from settings import ConfigError
 

@@ -14,7 +14,6 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.colors import LogNorm
@@ -28,7 +27,8 @@ from lab.drawing.logs import (LogError, column, describe, differences, open_run,
 from lab.drawing.style import AMOUNTS, BLUE, GREY, PALETTE, RED, frame, new_figure, save
 from model import load_model
 from runtime.checkpoint import has_run
-from runtime.config import Ending, Parser, parse
+from runtime.config import Parser, parse
+from runtime.ending import Ending
 
 # --- figures ---
 

@@ -17,7 +17,8 @@ from lab.laws.fit_runs import FitError, fits_of
 from lab.laws.laws import (C_F, C_R, CLARK, CLARK_CUTOFF, CLARK_NAMES, CLARK_REFIT, KRAJEWSKI,
                            clark_loss, compute_optimal, dense_flops, dense_optimal,
                            effective_params, saturated_experts)
-from runtime.config import Ending, Parser, nearest, parse
+from runtime.config import Parser, nearest, parse
+from runtime.ending import Ending
 from settings import ConfigError
 
 CLARK_TEXT = "log10 L = a log10 N + b log10 Ê + c log10 N log10 Ê + d   (L in nats per token)"

@@ -21,7 +21,7 @@ from data.tokenizers import Tokenizer
 from runtime import parallel
 from runtime.config import all_fields, from_tables, to_toml
 from runtime.ending import program, quoted, tell
-from runtime.files import Checkpoint, CheckpointError, load, save, there, write_text, written
+from runtime.files import CheckpointError, load, save, there, write_text
 from settings import ConfigError, LifelongConfig, show
 
 try:

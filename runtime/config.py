@@ -15,7 +15,7 @@ import tomllib
 from pathlib import Path
 
 from data.binfile import explain
-from runtime.ending import Ending, fail, tell           # programs take Ending and tell from here as well
+from runtime.ending import fail
 from settings import SECTIONS, Config, ConfigError, show
 
 PATHS = ("train.init_from", "lifelong.teacher", "data.dir")             # in which ~ is the user's folder

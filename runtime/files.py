@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import zipfile
-from pathlib import Path
 from typing import NamedTuple
 
 import torch

@@ -16,6 +16,7 @@ from data.binfile import explain
 from runtime import checkpoint, parallel
 from runtime.checkpoint import TrainingError
 from runtime.ending import program, quoted, tell, typed
+from runtime.files import there, written
 from runtime.terminal import PLAIN
 from runtime.watch import Watch, usage
 from settings import ConfigError
@@ -123,7 +124,7 @@ def cut_log(path, step, columns):
                                              "move it away and --resume begins a new one")
         # a column that is new is empty in the old rows
         merged = found + [name for name in columns if name not in found]
-        new = held.enter_context(checkpoint.written(path))
+        new = held.enter_context(written(path))
         new.write(csv_line(merged).encode())
         odd = []
         for number, line in enumerate(old, 2):
@@ -259,7 +260,7 @@ def finish(trainer, out, stop, sample, say):
     prompt = " --prompt \"def \"" if "python" in trainer.config.data.names else ""
     experts = " --show_experts" if trainer.model.sparse else ""
     last = out / checkpoint.LAST
-    size = f"; a checkpoint is {last.stat().st_size / 2**20:,.1f} MiB" if checkpoint.there(last) else ""
+    size = f"; a checkpoint is {last.stat().st_size / 2**20:,.1f} MiB" if there(last) else ""
     say(f"best validation loss {trainer.best:.4f} nats a token; {trainer.done} steps took "
         f"{trainer.seconds:.0f} s{size}. Next:\n"
         f"  {program('sample.py')} {quoted(out)}{prompt}{experts}\n"

@@ -8,7 +8,6 @@ its code.
 """
 import ast
 import inspect
-import os
 import platform
 import pydoc_data.topics
 import sysconfig

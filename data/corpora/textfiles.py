@@ -7,7 +7,6 @@ files are read: a pipe would be waited for without end.
 """
 import codecs
 import functools
-import os
 import re
 import zipfile
 import zlib

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 
 from lab.drawing.style import BLUE, GREEN, GREY, PALETTE, RED, save
-from runtime.config import Ending, Parser, parse
+from runtime.config import Parser, parse
+from runtime.ending import Ending
 
 WIDTH, HEIGHT = 16, 9                   # inches, and the units of all places below
 EXPERTS = [BLUE, PALETTE[4], GREEN, PALETTE[3]]         # a colour for each expert

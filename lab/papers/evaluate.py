@@ -25,7 +25,8 @@ from lab.papers.probes import PROBES
 from lab.timing.measure import device_name
 from model import KINDS, load_model
 from runtime import checkpoint
-from runtime.config import Ending, Parser, nearest, parse
+from runtime.config import Parser, nearest, parse
+from runtime.ending import Ending
 from runtime.device import precision, resolve_device, resolve_dtype
 from runtime.watch import usage
 from settings import ConfigError

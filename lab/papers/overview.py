@@ -13,7 +13,8 @@ from typing import NamedTuple
 from lab.papers.spec import SIZES
 from lab.papers.tables import read_table
 from runtime import checkpoint
-from runtime.config import Ending, Parser, parse
+from runtime.config import Parser, parse
+from runtime.ending import Ending
 from settings import ConfigError
 
 # a line of the table in a verdict.md

@@ -23,7 +23,8 @@ except ImportError:                     # Windows
 from data.batches import token_counts
 from model import check, load_config
 from runtime import checkpoint
-from runtime.config import Ending, Parser, add_settings, parse, tell
+from runtime.config import Parser, add_settings, parse
+from runtime.ending import Ending, tell
 from runtime.device import compile_forward, resolve_compile, resolve_device, resolve_dtype
 from runtime.start import make_ready
 from train import Trainer
