@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from grow.parents import open_parents, summed, validation
 from model import sparse_layers
-from runtime.checkpoint import write_text, written
+from runtime.files import write_text, written
 from runtime.device import as_trained, pick_device
 from settings import ConfigError
 

@@ -59,6 +59,8 @@ def commands():
     """[(program, its words)] of the README's indented lines."""
     for line in re.findall(r"^    (.+)$", README, re.MULTILINE):
         for part in line.split("  #")[0].split("&&"):
+            if part.split()[:1] not in (["python"], ["torchrun"]):
+                continue                                    # a line of output
             words = shlex.split(part)
             if words[:1] == ["torchrun"]:
                 words = ["python", *[word for word in words[1:] if not word.startswith("--standalone")
