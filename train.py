@@ -50,7 +50,7 @@ class Trainer:
                                config.data.seed)
         # where the run stands
         self.corpora, self.numbers = config.data.names, NUMBERS
-        self.done = 0                                   # optimizer steps finished
+        self.done, self.planned = 0, t.max_steps        # optimizer steps finished, and wanted before a resume
         self.seconds = 0.0                              # spent in them, earlier sittings included
         self.best = math.inf                            # lowest validation loss, nats per token
         self.ancestry = dict(kind="train", parents=[])
@@ -218,7 +218,7 @@ def learning_rate(step, t):
         return t.lr * (t.min_lr + (1 - t.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
     if t.schedule == "wsd":
         left = (t.max_steps - step) / max(1.0, t.decay_share * t.max_steps)
-        return t.lr * max(t.min_lr, min(1.0, left))
+        return t.lr * (t.min_lr + (1 - t.min_lr) * min(1.0, left))
     return t.lr
 
 
@@ -241,8 +241,7 @@ def build_optimizer(model, t, device):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [dict(params=[p for n, p in named if decays(n, p)], weight_decay=t.weight_decay),
               dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=t.lr, betas=(t.beta1, t.beta2),
-                             fused=device.type in ("cuda", "cpu"))
+    return torch.optim.AdamW(groups, lr=t.lr, betas=(t.beta1, t.beta2), fused=device.type in ("cuda", "cpu"))
 
 
 def build(config, origin, folders, tokenizer, out, saved, say):
@@ -267,7 +266,8 @@ def build(config, origin, folders, tokenizer, out, saved, say):
     compiled, why_compiled = resolve_compile(config, device, trainer.model.not_compiled())
     if compiled:
         compile_forward(trainer, say)
-    describe(trainer, say, f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})")
+    arithmetic = f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})"
+    describe(trainer, say, arithmetic, learning_rate)
     # until here the run folder was as it was: now it becomes this run's
     if parallel.rank() == 0:
         if not saved:
@@ -291,7 +291,7 @@ def main(argv=None):
         trainer, valid = build(config, origin, folders, tokenizer, out, saved, say)
         with Log(out / "log.csv", trainer, say) as log, StopSignal() as stop, progress(trainer, quiet) as bar:
             train(trainer, valid, out, say, bar, log, stop)
-        finish(trainer, out, stop, "" if stop.asked() else sample_of(trainer), say)
+        finish(trainer, out, stop, "" if stop.asked() else sample_of(trainer), say, learning_rate)
     return end.status
 
 

@@ -143,6 +143,7 @@ def restore(trainer, saved):
     load_weights(trainer.model, parallel.spread(saved.model, trainer.model), "the checkpoint")
     load_optimizer(trainer.model, trainer.optimizer, parallel.spread(saved.optimizer, trainer.model))
     trainer.done, trainer.seconds = saved.header["step"], saved.header["seconds"]
+    trainer.planned = saved.header["config"]["train"]["max_steps"]
     trainer.best, trainer.ancestry = saved.header["val_loss"], saved.header["ancestry"]
 
 

@@ -1,6 +1,7 @@
 """What a run tells: a row of log.csv for each step, and lines and a bar on the terminal."""
 import contextlib
 import csv
+import dataclasses
 import io
 import math
 import os
@@ -224,8 +225,9 @@ def progress(trainer, quiet):
                 bar_format="{n_fmt}/{total_fmt} steps |{bar}| {elapsed}, {remaining} left{postfix}")
 
 
-def describe(trainer, say, arithmetic):
-    """Says what is about to run. Raises ConfigError for a layer that cannot compute as asked."""
+def describe(trainer, say, arithmetic, rate):
+    """Says what is about to run. rate(step, TrainConfig): learning_rate of train.py. Raises ConfigError for a
+    layer that cannot compute as asked."""
     config, model, t = trainer.config, trainer.model, trainer.config.train
     params, dtype = model.num_params(), getattr(torch, t.dtype)
     kinds = ["dense"]
@@ -247,9 +249,16 @@ def describe(trainer, say, arithmetic):
     passes = ", ".join(f"{e:.2f}" for e in trainer.batches.epochs(t.max_steps))
     say(f"data       {config.data.name}, tokenizer {trainer.tokenizer.name}; {t.max_steps:,} steps of "
         f"{t.batch_size} x {config.model.block_size} tokens read it {passes} times")
+    # a schedule that was at its end starts again higher where the run is made longer
+    before = rate(max(0, trainer.done - 1), dataclasses.replace(t, max_steps=trainer.planned))
+    now = rate(trainer.done, t)
+    if trainer.done and now > 1.5 * before:
+        say(f"rate       goes up from {before:.3g} to {now:.3g}, since train.max_steps was {trainer.planned:,}")
+    if t.warmup_steps >= t.max_steps:
+        say(f"rate       rises to the end: train.warmup_steps = {t.warmup_steps:,} of {t.max_steps:,} steps")
 
 
-def finish(trainer, out, stop, sample, say):
+def finish(trainer, out, stop, sample, say, rate):
     """The last words: a sample, if there is one, the result, what to do next."""
     t, resume = trainer.config.train, f"{program('train.py')} --out {quoted(out)} --resume"
     if stop.asked():
@@ -260,11 +269,14 @@ def finish(trainer, out, stop, sample, say):
     prompt = " --prompt \"def \"" if "python" in trainer.config.data.names else ""
     experts = " --show_experts" if trainer.model.sparse else ""
     last = out / checkpoint.LAST
+    # longer training begins with another rate than this one ended with
+    end, then = rate(trainer.done - 1, t), rate(trainer.done, dataclasses.replace(t, max_steps=2 * t.max_steps))
+    again = f"        # the rate goes up again, from {end:.2g} to {then:.2g}" if then > 1.5 * end else ""
     size = f"; a checkpoint is {last.stat().st_size / 2**20:,.1f} MiB" if there(last) else ""
     say(f"best validation loss {trainer.best:.4f} nats a token; {trainer.done} steps took "
         f"{trainer.seconds:.0f} s{size}. Next:\n"
         f"  {program('sample.py')} {quoted(out)}{prompt}{experts}\n"
         f"  {program('lab.plots')} {quoted(out)}\n"
-        f"  {resume} --train.max_steps {2 * t.max_steps}\n"
+        f"  {resume} --train.max_steps {2 * t.max_steps}{again}\n"
         f"  {program('train.py')} {quoted(typed() / 'configs/dense.toml')}"
         f"        # other models: ls {quoted(typed() / 'configs')}")

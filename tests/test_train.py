@@ -218,7 +218,20 @@ def test_learning_rate_schedules():
     t.schedule = "wsd"
     rates = [train.learning_rate(i, t) for i in range(100)]
     assert rates[50] == rates[80] == 1.0
-    assert rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.1)
+    assert rates[90] == pytest.approx(0.55) and rates[99] == pytest.approx(0.145)          # linearly to min_lr
+
+
+def test_a_rate_that_goes_up_again_is_told_before_it_does(corpora, tmp_path, capsys):
+    argv = [word for word in arguments(corpora, tmp_path / "run", train__lr=0.01) if word != "--quiet"]
+    assert train.main(argv) == 0
+    assert "--train.max_steps 12        # the rate goes up again, from 0.0" in capsys.readouterr().err
+    again = ["--out", str(tmp_path / "run"), "--resume", "--train.max_steps"]
+    assert train.main([*again, "12"]) == 0
+    assert "rate       goes up from 0.0" in (told := capsys.readouterr().err) and "train.max_steps was 6" in told
+    assert train.main([*argv, "--overwrite", "--train.schedule", "constant"]) == 0
+    assert "goes up" not in capsys.readouterr().err
+    assert train.main([*argv, "--overwrite", "--train.warmup_steps", "9"]) == 0
+    assert "rises to the end: train.warmup_steps = 9 of 6 steps" in capsys.readouterr().err
 
 
 def test_decay_touches_matrices_only():
