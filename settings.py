@@ -144,9 +144,9 @@ class TrainConfig:
     seed: int = opt(0, "seed of the initialisation and of every draw in training", low=0, high=2**62)
     init_from: str = opt("", "run folder whose weights, [model] and [ffn] this run starts from")
 
-    eval_every: int = opt(250, "steps between evaluations (0: only at the end)", low=0,
+    eval_every: int = opt(250, "steps between evaluations, denser at first (0: only at the end)", low=0,
                           group="what is told and kept")
-    eval_batches: int = opt(20, "validation batches, always the same ones", low=1)
+    eval_batches: int = opt(20, "validation batches of train.batch_size sequences, always the same ones", low=1)
     log_every: int = opt(1, "steps between rows of log.csv", low=1)
     save_every: int = opt(0, "steps between checkpoints (0: at every evaluation)", low=0)
     keep: str = opt("all", "checkpoints in the run folder: all (last, the one before it, best), best (last "

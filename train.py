@@ -108,8 +108,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, valid):
-        """{corpus: (nats per token, bits per byte)} over fixed validation batches; no noise, no dropout, no
-        updates."""
+        """{corpus: (nats per token, bits per byte)} over fixed validation batches, without noise or updates."""
         self.model.eval()
         # a batch holds one corpus; with several processes each takes some of the batches
         sums = {name: [0.0, 0, 0] for name in self.corpora}                 # nats, tokens, bytes
@@ -143,7 +142,9 @@ def train(trainer, valid, out, say, bar, log, stop):
         log.rows.append(trainer.step())
         # asked once a step: a signal that comes later waits for the next
         ends = trainer.done == t.max_steps or stop.asked()
-        evaluates = trainer.done == t.max_steps or due(trainer.done, t.eval_every)
+        # evaluated a little more often at first, where a curve bends most
+        early = t.eval_every >= 100 and trainer.done in (t.eval_every // 4, t.eval_every // 2)
+        evaluates = early or trainer.done == t.max_steps or due(trainer.done, t.eval_every)
         saves = ends or due(trainer.done, t.save_every or t.eval_every)
         # log: on a GPU the rows wait, since every look at a number stops the queue
         if evaluates or saves or len(log.rows) >= log.patience:
@@ -250,8 +251,7 @@ def build(config, origin, folders, tokenizer, out, saved, say):
     t, device = config.train, resolve_device(config.train.device)
     t.dtype, why = resolve_dtype(t.dtype, device)
     trainer = Trainer(config, folders, tokenizer, device)
-    valid = EvalBatches(folders, config.model.block_size, t.batch_size // parallel.world(),
-                        t.eval_batches * parallel.world(), tokenizer.token_lengths())
+    valid = EvalBatches(folders, config.model.block_size, t.batch_size, t.eval_batches, tokenizer.token_lengths())
     # where it stopped, or another run's weights, or new ones
     if saved:
         checkpoint.restore(trainer, saved)

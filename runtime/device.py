@@ -29,7 +29,9 @@ def resolve_dtype(name, device):
     everywhere: bfloat16 on CUDA, where it is several times faster; float32 on CPU, where few processors have
     it, and on MPS."""
     if name != "auto":
-        return name, "as configured"
+        slow = name == "bfloat16" and device.type == "cpu" and not any(
+            getattr(torch.cpu, has, bool)() for has in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        return name, "as configured" + ("; this processor emulates it, which is slow" if slow else "")
     name = "bfloat16" if device.type == "cuda" else "float32"
     return name, f"auto: {name} on {device.type}"
 

@@ -17,7 +17,7 @@ from data.prepare import prepare
 from model import GPT, load_config, load_model
 from data.prepare import prepared
 from runtime import checkpoint, files, report
-from runtime.device import compile_forward, resolve_compile
+from runtime.device import compile_forward, resolve_compile, resolve_dtype
 from sample import sample_text
 from settings import ConfigError
 
@@ -219,6 +219,18 @@ def test_learning_rate_schedules():
     rates = [train.learning_rate(i, t) for i in range(100)]
     assert rates[50] == rates[80] == 1.0
     assert rates[90] == pytest.approx(0.55) and rates[99] == pytest.approx(0.145)          # linearly to min_lr
+
+
+def test_evaluations_are_denser_at_first(corpora, tmp_path):
+    run(corpora, tmp_path / "run", train__max_steps=110, train__eval_every=100, model__n_layer=1)
+    assert [row["step"] for row in rows(tmp_path / "run") if row["val_loss"]] == ["0", "25", "50", "100", "110"]
+
+
+def test_a_processor_that_emulates_bfloat16_says_so(monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        assert ("emulates" in resolve_dtype("bfloat16", torch.device("cpu"))[1]) != has
 
 
 def test_a_rate_that_goes_up_again_is_told_before_it_does(corpora, tmp_path, capsys):
