@@ -32,6 +32,27 @@ def refuse_unread(config, readers):
                 in_effect(f, choice, value, readers) for choice, value in who):
             wanted = " or ".join(f'"{value}"' for _, value in who)
             config.fail(key, f"has no effect: it is read with ffn.{who[0][0]} = {wanted}")
+    refuse_switched_off(config)
+
+
+# Settings that another one switches on: (setting, whether it is on, what switches it on).
+SWITCHED = [
+    ("ffn.device_loss", lambda c: c.ffn.n_groups > 1, "ffn.n_groups above 1"),
+    ("ffn.comm_loss", lambda c: c.ffn.n_groups > 1, "ffn.n_groups above 1"),
+    ("ffn.frozen_routes", lambda c: c.ffn.n_frozen, "ffn.n_frozen"),
+    ("train.decay_share", lambda c: c.train.schedule == "wsd", "train.schedule = \"wsd\""),
+    ("lifelong.distill_temperature", lambda c: c.lifelong.distill, "lifelong.distill"),
+    ("lifelong.teacher", lambda c: c.lifelong.distill or c.lifelong.l2, "lifelong.distill or lifelong.l2"),
+    ("lifelong.lora_alpha", lambda c: c.lifelong.lora_rank, "lifelong.lora_rank")]
+
+
+def refuse_switched_off(config):
+    """Raises ConfigError for one of SWITCHED that was given on a command line, not as its default, and is off.
+    A file may hold what a command line switches on, or what an earlier run wrote."""
+    for key, is_on, switch in SWITCHED:
+        given = config.sources.get(key, "").startswith("--") and config.get(key) != Config().get(key)
+        if given and not is_on(config):
+            config.fail(key, f"has no effect: it is read with {switch}")
 
 
 def in_effect(f, choice, value, readers):

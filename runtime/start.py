@@ -8,6 +8,7 @@ from data.prepare import prepared
 from runtime import checkpoint, memory, parallel
 from runtime.config import Parser, add_settings, check_run, parse
 from runtime.device import resolve_device
+from runtime.given import refuse_switched_off
 from settings import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,7 @@ def make_ready(config, saved, quiet, check, build=None):
             origin = checkpoint.load_plain(t.init_from)
             checkpoint.adopt(config, origin, t.init_from)
             check_run(check(config))
+            refuse_switched_off(config)
             if "data.tokenizer" not in config.sources:
                 checkpoint.carry_tokenizer(config, checkpoint.tokenizer_of(origin), Path(folder))
         folders, tokenizer = prepared(config.data, quiet=quiet,

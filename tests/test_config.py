@@ -68,6 +68,9 @@ def test_help_lists_every_field_with_its_default():
     ("train.grad_accum", "5", "train.batch_size = 32 cannot be cut into train.grad_accum = 5"),
     ("data.weights", "1,2", "needs one number for each corpus"),
     ("ffn.router", "switch", "ffn.top_k = 2"),
+    ("train.decay_share", "0.5", 'has no effect: it is read with train.schedule = "wsd"'),
+    ("ffn.device_loss", "0.1", "has no effect"), ("ffn.frozen_routes", "false", "it is read with ffn.n_frozen"),
+    ("lifelong.lora_alpha", "8", "has no effect: it is read with lifelong.lora_rank"),
     ("ffn.granularity", "7", "ffn.granularity = 7 does not divide"),
 ])
 def test_a_bad_value_is_named_with_its_remedy(key, value, wanted):
