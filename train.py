@@ -3,8 +3,7 @@
 The loop is flat: batch -> forward and backward -> step -> log -> evaluate -> checkpoint. Three rules make
 runs repeatable:
 - The generator is seeded from (seed, step, micro-step) before each micro-step, and layers draw from it. There
-  is no generator state to save, and two runs of one seed start each micro-step with the same batch and
-  generator.
+  is no generator state to save, and two runs of one seed start each micro-step alike.
 - Batches follow from the step number (data/batches.py), so that N + M steps are N steps, a restart, M steps.
 - Reported losses are cross-entropy alone; auxiliary losses are in the objective and in a column of their own.
 """
@@ -27,7 +26,8 @@ from model import GPT, check, load_config
 from routers import help_text
 from runtime import checkpoint, parallel
 from runtime.config import to_toml
-from runtime.device import compile_forward, go_on_uncompiled, precision, resolve_compile, resolve_device, resolve_dtype
+from runtime.device import (compile_forward, go_on_uncompiled, precision, resolve_compile, resolve_device,
+                            resolve_dtype)
 from runtime.ending import Ending
 from runtime.report import Log, StopSignal, describe, finish, progress, speaker
 from runtime.start import make_ready, open_run

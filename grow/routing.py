@@ -102,13 +102,13 @@ def draw(shares, title):
         axis.set_axis_off()
     for axis, layer in zip(axes, layers):
         top = np.stack([shares[name, layer]["top"] for name in names])              # (corpora, E)
-        # dark is much, white is none
-        image = axis.imshow(top, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        # as in the lab's maps: dark is little, yellow is much, and white, which is masked, is none
+        image = axis.imshow(np.ma.masked_equal(top, 0), cmap="viridis", vmin=0, vmax=1, aspect="auto")
         axis.set(title=f"layer {layer}", xlabel="expert", yticks=range(len(names)),
                  yticklabels=names)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         for (i, j), share in np.ndenumerate(top) if E <= MOST else ():
-            colour = "white" if share > 0.5 else "black"
+            colour = "white" if 0 < share < 0.6 else "black"
             axis.text(j, i, f"{share:.0%}", ha="center", va="center", color=colour)
     figure.colorbar(image, ax=axes, label="share of tokens")
     figure.suptitle(title)
