@@ -55,6 +55,7 @@ class FeedForward(nn.Module):
     n_frozen = 0            # the first ones of them never change in training
     many = False            # too many experts to be watched and drawn one by one
     steerable = False       # something can even out their load, so that a collapse is worth a warning
+    inserted = False        # it follows the dense layer of its block, and reads the residual stream
     columns = ()            # settings of [ffn] that tell two layers of this kind apart, for tables of models
     reads = ()              # settings of [ffn] that it reads and not every other kind
 
@@ -98,6 +99,10 @@ class FeedForward(nn.Module):
     def not_compiled(self):
         """Why torch.compile cannot take it, or an empty text."""
         return ""
+
+    def not_captured(self, dtype):
+        """Why a training step in `dtype` cannot be a CUDA graph, or an empty text."""
+        return self.not_compiled()
 
     def not_grown(self):
         """Why more experts cannot be added to a trained one, or an empty text."""

@@ -27,12 +27,13 @@ from torch import Tensor
 
 from data.binfile import DataError
 from ffn import Stats
-from model import load_model
+from model import GPT, load_model
 from runtime import memory
 from runtime.checkpoint import CheckpointError
 from runtime.config import parse
 from runtime.device import choose_threads, own_threads, pick_device
 from runtime.ending import Ending, tell
+from runtime.graph import Decoding
 from runtime.start import check_sample, sample_parser
 from runtime.terminal import PLAIN, Marker, lineage, pick_layer, plain_pieces
 
@@ -48,24 +49,35 @@ def generate(model, prompt_ids, tokens, temperature=1.0, top_k=0, top_p=1.0, gen
              vocab_size=None):
     """Yields `tokens` Steps. model: a GPT in evaluation mode; prompt_ids (B, T) on its device, T at least 1.
 
+    A Step's stats are those of its moment: the next one may overwrite them.
     generator: a list of B CPU torch.Generators, or one for all (None: torch's own). cache=False reads the
     window anew for every token: slow, the same tokens. vocab_size: draw smaller ids only, where the tokenizer
     has fewer than the model's table. Raises CheckpointError when the logits are not finite.
     """
     block = model.config.model.block_size
-    window, kv = prompt_ids, None
+    window, kv, decoding = prompt_ids, None, None
+    if captures(model) and cache:
+        decoding = Decoding(model, len(prompt_ids))
     for _ in range(tokens):
         # a window that has become too long keeps its last half, and is read anew
         if window.shape[1] > block:
             window, kv = window[:, -max(block // 2, 1):], None
-        if kv is None or not cache:
-            kv = model.new_cache(window.shape[0])
         # read what the cache lacks, and draw one token for each sequence
-        out = model(window[:, kv.length:], cache=kv)
+        if decoding:
+            out = decoding.read(window[:, -1:]) if kv else decoding.begin(window)
+            kv = decoding.cache
+        else:
+            kv = kv if kv and cache else model.new_cache(window.shape[0])
+            out = model(window[:, kv.length:], cache=kv)
         probs = next_probs(out.logits[:, -1, :vocab_size], temperature, top_k, top_p)   # (B, V)
         ids = draw(probs, generator).to(window.device)                                  # (B,)
         yield Step(ids, out.stats)
         window = torch.cat([window, ids.unsqueeze(1)], 1)
+
+
+def captures(model):
+    """Whether the steps after the prompt are CUDA graphs: on a card the launches of a step take most of it."""
+    return isinstance(model, GPT) and model.embedding.weight.is_cuda and not model.not_compiled()
 
 
 def next_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -177,7 +189,8 @@ def run(o):
     sys.stdout.flush()
     # how fast it was
     n, seconds = o.tokens * o.num, time.perf_counter() - start
-    tell(f"{n} tokens in {seconds:.2f} s, {n / seconds:,.0f} tokens/s, {threads}")
+    tell(f"{n} tokens in {seconds:.2f} s, {n / seconds:,.0f} tokens/s, "
+         f"{'a CUDA graph a token' if captures(model) and not o.no_cache else threads}")
 
 
 def main(argv=None):

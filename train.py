@@ -16,19 +16,21 @@ if __name__ == "__main__":                                      # the other impo
 import math
 import time
 from contextlib import ExitStack
+from functools import partial
 
 import torch
+from torch.utils._pytree import tree_map
 
 from data.batches import Batches, EvalBatches, token_counts
-from ffn import NUMBERS
+from ffn import NUMBERS, Stats
 from grow.retain import Past, adapters
 from model import GPT, check, load_config
 from routers import help_text
 from runtime import checkpoint, parallel
 from runtime.config import to_toml
-from runtime.device import (compile_forward, go_on_uncompiled, precision, resolve_compile, resolve_device,
-                            resolve_dtype)
+from runtime.device import go_on_uncompiled, precision, resolve_device, resolve_dtype, speed_up
 from runtime.ending import Ending
+from runtime.graph import copied
 from runtime.report import Log, StopSignal, describe, finish, progress, speaker
 from runtime.start import make_ready, open_run
 from sample import sample_text
@@ -50,6 +52,8 @@ class Trainer:
                                config.data.seed)
         # where the run stands
         self.corpora, self.numbers = config.data.names, NUMBERS
+        self.count = torch.zeros((), device=device)     # the step, for layers: a Python number would be compiled in
+        self.graphs = self.seen = None                  # runtime.graph.Graphs of a step; what its micro-steps saw
         self.done, self.planned = 0, t.max_steps        # optimizer steps finished, and wanted before a resume
         self.seconds = 0.0                              # spent in them, earlier sittings included
         self.best = math.inf                            # lowest validation loss, nats per token
@@ -59,44 +63,70 @@ class Trainer:
         """One optimizer step; returns a row of log.csv, as tensors that nobody has waited for."""
         t = self.config.train
         rate = learning_rate(self.done, t)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        # the gradient of the whole batch, a micro-batch at a time
-        self.zero_grad()
+        set_rate(self.optimizer, rate)
+        self.count.fill_(self.done)
         self.model.train()
         try:
-            losses, aux, stats = zip(*map(self.micro_step, range(t.grad_accum)))
+            loss, aux, norm, layers = self.captured_step() if self.graphs else self.whole_step()
         except torch._dynamo.exc.TorchDynamoException as e:             # it shows in the first step, if at all
             go_on_uncompiled(self, e)
-            losses, aux, stats = zip(*map(self.micro_step, range(t.grad_accum)))
-        # clip it, and take the step; rows that are frozen stay as they are
-        with self.past.rows_kept():
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
-            self.optimizer.step()
-        # what the micro-steps and the processes saw, together; loss-free balancing goes by that, afterwards
-        loss, aux, layers = parallel.over_processes(
-            sum(losses) / t.grad_accum, sum(aux) / t.grad_accum, [mean_stats(s) for s in zip(*stats)], NUMBERS)
-        self.model.after_step([s.load for s in layers])
+            loss, aux, norm, layers = self.captured_step() if self.graphs else self.whole_step()
         self.done += 1
         return dict(step=self.done, tokens=self.tokens, lr=rate, loss=loss, aux_loss=aux,
                     grad_norm=parallel.whole(norm), layers=layers)
 
-    def micro_step(self, micro):
-        """Adds the gradient of one micro-batch; returns its (loss, aux_loss, layers' stats), detached."""
+    def whole_step(self):
+        """The gradient of the whole batch, a micro-batch at a time, and the update."""
+        for micro in range(self.config.train.grad_accum):
+            self.micro_step(micro, *(a.to(self.device, non_blocking=True) for a in self.micro_batch(micro)))
+        return self.update()
+
+    def captured_step(self):
+        """The same as CUDA graphs: of the first micro-step, of those that add to it, and of the update."""
+        self.graphs.begin()
+        for micro in range(self.config.train.grad_accum):
+            self.graphs.run(f"micro-step {min(micro, 1)}", partial(self.micro_step, micro), *self.micro_batch(micro))
+        return copied(self.graphs.run("update", self.update))
+
+    def micro_batch(self, micro):
+        """Tokens (b, T), the tokens after them (b, T), the corpus of each sequence (b,): this process's part."""
         t = self.config.train
-        # tokens, the tokens after them, the corpus of each sequence: this step's, this process's part
-        batch = self.batches.batch(self.done, micro, t.grad_accum, parallel.rank(), parallel.world())
-        x, y, domain = (a.to(self.device, non_blocking=True) for a in batch)            # (b, T), (b, T), (b,)
         # the same draws of noise and dropout whenever this micro-step is taken
         seed_draws(t.seed, self.done, micro, parallel.rank())
+        batch = self.batches.batch(self.done, micro, t.grad_accum, parallel.rank(), parallel.world())
+        # from pinned memory the copy to a card waits for nothing
+        return [a.pin_memory() if self.device.type == "cuda" else a for a in batch]
+
+    def micro_step(self, micro, x, y, domain):
+        """Adds the gradient of a micro-batch, and what it saw: [loss, aux_loss, layers' stats], detached sums."""
+        t = self.config.train
+        if micro == 0:
+            self.zero_grad()
         # cross-entropy, and what else is in the objective: balance, z-loss, policy; distillation, distance
         with precision(self.device, t.dtype), parallel.accumulating(self.forward, micro == t.grad_accum - 1):
-            step = torch.tensor(float(self.done), device=self.device)   # a Python number would be compiled in
-            out = self.forward(x, y, domain=domain, step=step)
+            out = self.forward(x, y, domain=domain, step=self.count)
             aux = out.aux_loss + self.past.loss(x, domain, out.logits)
         # a mean over the micro-steps is the mean over the batch
         ((out.loss + aux) / t.grad_accum).backward()
-        return out.loss.detach(), aux.detach(), [detached(s) for s in out.stats]
+        found = [out.loss.detach(), aux.detach(), [detached(s) for s in out.stats]]
+        # sums in place, since a CUDA graph knows a tensor by its memory
+        if t.grad_accum > 1 and micro == 0:
+            found = tree_map(torch.clone, found)
+        self.seen = found if micro == 0 else tree_map(torch.Tensor.add_, self.seen, found)
+
+    def update(self):
+        """Takes the step that the gradient asks for: (loss, aux_loss, gradient norm, layers' stats)."""
+        t = self.config.train
+        # clip; rows that are frozen stay as they are
+        with self.past.rows_kept():
+            norm = parallel.clip(self.model.parameters(), t.grad_clip or math.inf)
+            self.optimizer.step()
+        # what the micro-steps and the processes saw, together; loss-free balancing goes by that, afterwards
+        loss, aux, layers = self.seen
+        loss, aux, layers = parallel.over_processes(
+            loss / t.grad_accum, aux / t.grad_accum, [mean_stats(s, t.grad_accum) for s in layers], NUMBERS)
+        self.model.after_step([s.load for s in layers])
+        return loss, aux, norm, layers
 
     def zero_grad(self):
         """Lets the gradients go; a PEER table on a CPU keeps its buffer (see PEER)."""
@@ -195,17 +225,22 @@ def keep_best(trainer, results, out):
 
 
 def detached(stats):
-    """Stats whose graph is let go, and without what only the loss needed."""
-    numbers = {name: getattr(stats, name).detach() for name in NUMBERS if getattr(stats, name) is not None}
-    return stats._replace(load=stats.load.detach(), log_prob=None, baseline=None, **numbers)
+    """What is logged of a layer's Stats, {name: tensor}: the load and the numbers, their graph let go."""
+    return {name: getattr(stats, name).detach() for name in ("load", *NUMBERS) if getattr(stats, name) is not None}
 
 
-def mean_stats(micro_steps):
-    """One layer's Stats over the micro-steps of a step: loads are summed, numbers are averaged."""
-    n, first = len(micro_steps), micro_steps[0]
-    average = {name: sum(getattr(s, name) for s in micro_steps) / n
-               for name in NUMBERS if getattr(first, name) is not None}
-    return first._replace(load=sum(s.load for s in micro_steps), **average)
+def mean_stats(total, n):
+    """One layer's Stats over n micro-steps, from their sums: loads are summed, numbers are averaged."""
+    return Stats(top_expert=None, **{name: x if name == "load" else x / n for name, x in total.items()})
+
+
+def set_rate(optimizer, rate):
+    """The learning rate of the next step; on CUDA it is a tensor, which a graph reads."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(step, t):
@@ -235,14 +270,21 @@ def build_optimizer(model, t, device):
     """AdamW, fused where torch has it for the device; weight decay is for some parameters only."""
     # It is for matrices that multiply activations. It is not for norms and biases, nor for rows that only some
     # tokens touch (embeddings, PEER tables), which it would shrink in every step in which nobody reads them,
-    # nor for PEER's sub-keys, whose length is the temperature of its scores.
+    # nor for PEER's sub-keys, whose length is the temperature of its scores, nor for Mamba's rates of decay.
     def decays(name, p):
-        return p.dim() > 1 and not name.startswith("embedding") and not name.endswith(("table", "sub_keys"))
+        spared = name.startswith("embedding") or name.endswith(("table", "sub_keys", "log_rate"))
+        return p.dim() > 1 and not spared
 
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [dict(params=[p for n, p in named if decays(n, p)], weight_decay=t.weight_decay),
               dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=t.lr, betas=(t.beta1, t.beta2), fused=device.type in ("cuda", "cpu"))
+    groups = [dict(group, params=some) for group in groups for some in parallel.alike(group["params"])]
+    captured = device.type == "cuda" and parallel.world() == 1
+    optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=(t.beta1, t.beta2), fused=device.type in ("cuda", "cpu"),
+                                  capturable=captured)
+    for group in optimizer.param_groups if captured else ():
+        group["lr"] = torch.tensor(t.lr, device=device)         # a CUDA graph reads it at each replay
+    return optimizer
 
 
 def build(config, origin, folders, tokenizer, out, saved, say):
@@ -263,10 +305,7 @@ def build(config, origin, folders, tokenizer, out, saved, say):
         trainer.model.set_token_counts(token_counts(folders, config.model.vocab_size))
     checkpoint.sign(trainer.ancestry, out, parallel.whole(trainer.model.embedding.weight))
     # how it computes; a dispatch that these widths or this machine refuse is told now
-    compiled, why_compiled = resolve_compile(config, device, trainer.model.not_compiled())
-    if compiled:
-        compile_forward(trainer, say)
-    arithmetic = f"{t.dtype} ({why}), compile {'on' if compiled else 'off'} ({why_compiled})"
+    arithmetic = f"{t.dtype} ({why}), {speed_up(trainer, say)}"
     describe(trainer, say, arithmetic, learning_rate)
     # until here the run folder was as it was: now it becomes this run's
     if parallel.rank() == 0:

@@ -36,7 +36,7 @@ CHANGEABLE = {"train." + name for name in ("max_steps", "eval_every", "eval_batc
 # A run that starts from another's weights may change these parts of [model] and [ffn]: no tensor depends on
 # them.
 RETRAINABLE = {"model.dropout", "model.loss_chunks"} | {"ffn." + name for name in (
-    "balance", "balance_loss", "load_loss", "device_loss", "comm_loss", "z_loss", "bias_rate",
+    "balance", "eval_prices", "balance_loss", "load_loss", "device_loss", "comm_loss", "z_loss", "bias_rate",
     "capacity_factor", "eval_capacity_factor", "dispatch", "jitter", "rl_loss", "gumbel_rate", "peer_path",
     "n_frozen", "frozen_routes")}
 LAST, PREVIOUS, BEST = "ckpt_last.pt", "ckpt_prev.pt", "ckpt_best.pt"
@@ -184,8 +184,13 @@ def check_vocabulary(config, tokenizer, origin):
 
 def load_weights(model, state, where):
     """load_state_dict whose error names the file, the missing and unknown tensors and the changed shapes and
-    dtypes."""
+    dtypes. What a layer may_lack stays as it was made."""
     own = model.state_dict()
+    spare = {f"{path}.{name}": told for path, module in model.named_modules()
+             for name, told in getattr(module, "may_lack", {}).items() if f"{path}.{name}" not in state}
+    state = state | {name: own[name] for name in spare}
+    for told in sorted(set(spare.values()) - {""}):
+        tell(f"{where}: {told}")
     missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
     def kind(t):
         return f"{tuple(t.shape)} {t.dtype}".replace(" torch.float32", "").replace("torch.", "")

@@ -40,6 +40,10 @@ SWITCHED = [
     ("ffn.device_loss", lambda c: c.ffn.n_groups > 1, "ffn.n_groups above 1"),
     ("ffn.comm_loss", lambda c: c.ffn.n_groups > 1, "ffn.n_groups above 1"),
     ("ffn.frozen_routes", lambda c: c.ffn.n_frozen, "ffn.n_frozen"),
+    *((f"model.{name}", lambda c: c.model.mixer != "attention", "another model.mixer than attention")
+      for name in ("attention_every", "attention_layers")),
+    *((f"model.{name}", lambda c: c.model.mixer == "mamba", "model.mixer = \"mamba\"")
+      for name in ("d_state", "d_conv", "expand", "dt_rank")),
     ("train.decay_share", lambda c: c.train.schedule == "wsd", "train.schedule = \"wsd\""),
     ("lifelong.distill_temperature", lambda c: c.lifelong.distill, "lifelong.distill"),
     ("lifelong.teacher", lambda c: c.lifelong.distill or c.lifelong.l2, "lifelong.distill or lifelong.l2"),

@@ -3,17 +3,20 @@ process would train with the same global batch; each process (rank) has its part
 
 The engines are torch.distributed's: DistributedDataParallel averages gradients (train.parallel = "ddp");
 fully_shard also cuts parameters, gradients and optimizer state over the ranks ("fsdp"), for models that
-outgrow one GPU. What they do not know is here: statistics of the whole batch, one process that prepares,
-speaks and writes for all, a common last step, and checkpoints of whole tensors, with which any number of
-processes goes on. With one process every function is the identity. Most are collective: all ranks call them
-in the same order, so nothing that ranks see differently may decide whether they are called.
+outgrow one GPU. "expert" is ddp in which each rank holds a share of every layer's experts, and tokens travel
+to theirs. What the engines do not know is here: statistics of the whole batch, rows that travel, one process
+that prepares, speaks and writes for all, a common last step, and checkpoints of whole tensors, with which any
+number of processes goes on. With one process every function is the identity. Most are collective: all ranks
+call them in the same order, so nothing that ranks see differently may decide whether they are called.
 """
 import contextlib
 import datetime
 import os
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
@@ -27,14 +30,29 @@ class Lost(RuntimeError):
     status = 1
 
 
+apart = False                                   # see alone
+
+
 def world():
     """Number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not apart else 1
 
 
 def rank():
     """Number of this process, from 0."""
     return dist.get_rank() if world() > 1 else 0
+
+
+@contextlib.contextmanager
+def alone():
+    """In it this process is a run of its own, whatever others there are: what a worker of grow/outer.py does
+    between two meetings concerns nobody else."""
+    global apart
+    before, apart = apart, True
+    try:
+        yield
+    finally:
+        apart = before
 
 
 def told(name):
@@ -89,10 +107,17 @@ def check(config, device):
         config.fail("train.device", f"has {torch.cuda.device_count()} GPUs here, for {here} processes")
     if sharded(config) and (config.ffn.n_frozen or config.lifelong.l2):
         config.fail("train.parallel", "cuts tensors whose rows ffn.n_frozen and lifelong.l2 need: use ddp")
+    if world() > 1 and t.parallel == "expert":
+        if config.ffn.kind != "moe":
+            config.fail("train.parallel", "needs ffn.kind = \"moe\": use ddp")
+        if config.ffn.experts % world():
+            config.fail("train.parallel", f"cannot share {config.ffn.experts} experts equally among "
+                        f"{world()} processes: start a number of them that divides it, or use ddp")
 
 
 def sharded(config):
-    return world() > 1 and config.train.parallel == "fsdp"
+    """Whether some parameters lie in parts on the ranks."""
+    return world() > 1 and config.train.parallel != "ddp"
 
 
 # ---- statistics of the whole batch
@@ -157,12 +182,70 @@ def totals(numbers):
     return sums.tolist()
 
 
+def summed(tensor):
+    """A tensor summed over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def shown(tensor, owner):
+    """A tensor of rank `owner`, for all; the other ranks give one of its shape and dtype."""
+    if world() == 1:
+        return tensor
+    copy = tensor.detach().clone()
+    dist.broadcast(copy, owner)
+    return copy
+
+
 def largest(number):
     """The largest of a whole number that each rank has."""
     tensor = torch.tensor(number)
     if world() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()
+
+
+# ---- rows that travel to the ranks that hold their experts
+
+
+class Exchange(torch.autograd.Function):
+    """See exchange; the gradient of each row takes its way back."""
+
+    @staticmethod
+    def forward(ctx, rows, sent, came):
+        ctx.back = came, sent
+        here = rows.new_empty(sum(came), *rows.shape[1:])
+        dist.all_to_all_single(here, rows.contiguous(), came, sent)
+        return here
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Exchange.apply(grad, *ctx.back), None, None
+
+
+def exchange(rows, sent, came):
+    """All-to-all, rows (sum of sent, ...) -> (sum of came, ...): the first sent[0] go to rank 0, the next
+    sent[1] to rank 1, ...; came[0] rows come from rank 0, then came[1] from rank 1, ..., in their order.
+
+        2 ranks          rank 0                       rank 1
+        rows             a0 a1 | a2      (2, 1)       b0 | b1 b2 b3    (1, 3)       sent
+        result           a0 a1 | b0      (2, 1)       a2 | b1 b2 b3    (1, 3)       came
+
+    Any number may be 0. exchange(result, came, sent) brings everything home."""
+    return Exchange.apply(rows, sent, came)
+
+
+def announce(expert, n_expert):
+    """For rows that will travel in the order of their experts, numbers (P,), E for a row that stays: (how many
+    go to each rank, how many come from each, the expert of each that comes, as numbered here)."""
+    # (E,) rows for each expert, in E / ranks numbers for each rank -> (ranks, E / ranks) rows from each rank
+    # for each expert that is held here: of known size, so that these travel first
+    going = torch.bincount(expert, minlength=n_expert)[:n_expert].view(world(), -1)
+    coming = torch.empty_like(going)
+    dist.all_to_all_single(coming, going.contiguous())
+    here = torch.arange(coming.shape[1], device=expert.device).repeat(world())
+    return going.sum(1).tolist(), coming.sum(1).tolist(), here.repeat_interleave(coming.flatten())
 
 
 # ---- one process leads
@@ -197,11 +280,13 @@ def first():
 
 
 def wrap(model, config, device):
-    """What training calls in place of the model. For fsdp the model is on the CPU and moves block by block,
-    as shards."""
+    """What training calls in place of the model. What is sharded is on the CPU before, and moves in parts:
+    for fsdp block by block."""
     if world() == 1:
         return model
-    if not sharded(config):
+    if config.train.parallel == "expert":
+        share_experts(model, device)
+    if config.train.parallel != "fsdp":
         ddp = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
         ddp.broadcast_buffers = False           # before each forward: global statistics keep them equal
         return ddp
@@ -211,6 +296,56 @@ def wrap(model, config, device):
     for part in (*model.blocks, model):             # whole for its forward and its backward, then let go
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return model
+
+
+def share_experts(model, device):
+    """Moves a model to `device`, of the experts only the share of this rank: of each parameter (E, ...) of a
+    module that can be `spread`, rows rank * E / ranks and on, as a DTensor that knows the whole shape."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    mesh, parts = init_device_mesh(device.type, (world(),)), []
+    for path, experts in model.named_modules():
+        if hasattr(experts, "spread"):
+            experts.spread = True
+            for name, p in list(experts.named_parameters()):
+                # all ranks drew the same numbers (src_data_rank: nothing is sent)
+                part = distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)
+                setattr(experts, name, nn.Parameter(part, p.requires_grad))
+                parts.append(f"{path}.{name}")
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, parts)
+    model.to(device)
+
+
+def held(module):
+    """What stands for a module whose parameters lie in parts: its attributes, and the parts that lie here."""
+    parts = {name: p.to_local() for name, p in module.named_parameters()}
+    # Tokens of all ranks come here, with gradients of their own rank's mean loss. The loss is the mean of these
+    # means, and what others average, a sum of all ranks' has to be divided for.
+    for part in parts.values():
+        if part.requires_grad:
+            part.register_hook(lambda grad: grad / world())
+    return SimpleNamespace(**vars(module) | parts)
+
+
+def alike(parameters):
+    """A list of parameters as lists of the whole ones and of those in parts: torch's updates take no
+    mixture."""
+    found = {}
+    for p in parameters:
+        found.setdefault(hasattr(p, "full_tensor"), []).append(p)
+    return list(found.values()) or [parameters]
+
+
+def clip(parameters, largest):
+    """clip_grad_norm_ of torch, for whole parameters and those in parts together."""
+    lists = alike(list(parameters))
+    if len(lists) == 1:
+        return nn.utils.clip_grad_norm_(lists[0], largest)
+    norms = [nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]) for some in lists]
+    norm = torch.stack([whole(n) for n in norms]).norm()
+    for some in lists:
+        nn.utils.clip_grads_with_norm_(some, largest, norm)
+    return norm
 
 
 def accumulating(forward, last):

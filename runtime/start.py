@@ -8,6 +8,7 @@ from data.prepare import prepared
 from runtime import checkpoint, memory, parallel
 from runtime.config import Parser, add_settings, check_run, parse
 from runtime.device import resolve_device
+from runtime.ending import program, quoted
 from runtime.given import refuse_switched_off
 from settings import ConfigError
 
@@ -34,7 +35,15 @@ def build_parser(more=None):
 def open_run(argv, held, load_config, check, more):
     """(config, run folder, Checkpoint to go on from or None, quiet) that a command line asks for; the folder
     stays locked until the ExitStack `held` closes. load_config, check: those of model.py."""
-    options, overrides = parse(build_parser(more), argv)
+    config, out, saved, quiet = open_parsed(*parse(build_parser(more), argv), held, load_config, check)
+    if saved and saved.header["ancestry"]["kind"] == "outer":
+        raise ConfigError(f"{out} is a run of several workers; go on with `{program('grow.outer')} --out "
+                          f"{quoted(out)} --resume`, or start from it with --train.init_from")
+    return config, out, saved, quiet
+
+
+def open_parsed(options, overrides, held, load_config, check):
+    """The same, of a command line that is parsed."""
     given = options.config is not None or options.resume and options.out
     path = options.config if given else str(ROOT / "configs" / "quick.toml")
     if options.out == "":

@@ -310,13 +310,13 @@ def test_a_hangup_that_is_ignored_stays_ignored():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(corpora, tmp_path, monkeypatch,
                                                                                capsys):
-    real = train.Trainer.micro_step
+    real = train.Trainer.update
 
-    def broken(self, micro):
-        loss, *rest = real(self, micro)
+    def broken(self):
+        loss, *rest = real(self)
         return (loss * math.nan if self.done == 4 else loss, *rest)
 
-    monkeypatch.setattr(train.Trainer, "micro_step", broken)
+    monkeypatch.setattr(train.Trainer, "update", broken)
     run(corpora, tmp_path / "run", status=1)
     error = capsys.readouterr().err
     assert "loss of step 5" in error and "train.lr" in error and error.count("\n") == 1
@@ -527,11 +527,11 @@ def test_a_sample_of_a_run_is_text(corpora, tmp_path):
 
 def test_base_refuses_compile_and_auto_leaves_it_out():
     config = load_config(None, {"ffn.router": "base", "ffn.top_k": 1, "model.vocab_size": 16})
-    why_not = GPT(config).not_compiled()
-    assert resolve_compile(config, torch.device("cuda"), why_not)[0] is False
+    model = GPT(config)
+    assert resolve_compile(config, torch.device("cuda"), model, 10 ** 9, True)[0] is False
     config.train.compile = "on"
     with pytest.raises(ConfigError, match="base"):
-        resolve_compile(config, torch.device("cpu"), why_not)
+        resolve_compile(config, torch.device("cpu"), model, 1, False)
 
 
 def test_a_failed_compile_is_one_warning_in_auto_and_an_error_in_on(corpora, tmp_path, monkeypatch):
@@ -548,7 +548,8 @@ def test_a_failed_compile_is_one_warning_in_auto_and_an_error_in_on(corpora, tmp
             ("train.compile", mode)])
         folders, tokenizer = prepared(config.data)
         trainer = train.Trainer(config, folders, tokenizer, torch.device("cpu"))
-        compile_forward(trainer, said.append)
+        trainer.say = said.append
+        compile_forward(trainer)
         if mode == "auto":
             assert math.isfinite(trainer.step()["loss"]) and math.isfinite(trainer.step()["loss"])
             assert len(said) == 1 and "no compiler here" in said[0]

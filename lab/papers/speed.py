@@ -25,7 +25,7 @@ from model import check, load_config
 from runtime import checkpoint
 from runtime.config import Parser, add_settings, parse
 from runtime.ending import Ending, tell
-from runtime.device import compile_forward, resolve_compile, resolve_device, resolve_dtype
+from runtime.device import resolve_device, resolve_dtype, speed_up
 from runtime.start import make_ready
 from train import Trainer
 
@@ -39,9 +39,7 @@ def measure(config, steps):
     config.train.dtype, _ = resolve_dtype(config.train.dtype, device)
     trainer = Trainer(config, folders, tokenizer, device)
     trainer.model.set_token_counts(token_counts(folders, config.model.vocab_size))
-    compiled, _ = resolve_compile(config, device, trainer.model.not_compiled())
-    if compiled:
-        compile_forward(trainer, tell)
+    speed_up(trainer, tell)
     # Whole steps; on CUDA a step ends when the device has done its work.
     times = []
     for _ in range(steps):

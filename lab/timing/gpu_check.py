@@ -15,9 +15,11 @@ import kernels.peer as kernels_peer
 import kernels.product_keys as product_keys
 import moe
 from kernels.common import HAS_TRITON, INTERPRETED
+from kernels.parts import LinearByParts, split
+from lab.timing import gpu_graph
 from lab.timing.gpu_models import model_units
 from lab.timing.gpu_unit import CUDA, DEVICE, LIMIT, Unit, error_rows, poison
-from peer import experts_readable
+from peer import cartesian_candidates, experts_readable, retrieve, topk_readable
 from routers import Routing, pairs
 
 RUNS = HAS_TRITON and (CUDA or INTERPRETED)             # whether there are kernels to check
@@ -156,18 +158,28 @@ def kernel_peer(case, s, dtype):
     return names, [y, h, *tokens, *tables], want
 
 
-def kernel_topk(s, dtype):
-    """Scores against the twin's. The gradient of the sub-keys goes by the indices that were found,
-    because scores that are equal up to rounding may change places."""
+def kernel_keys(s, dtype):
+    """Scores against the twin's. The experts are judged by their scores, because those that are
+    equal up to rounding may change places."""
     q, keys = draw(s.N, 2, 2, 40, dtype=dtype), draw(2, s.m, 40, dtype=dtype)
-    scores, indices = product_keys.product_key_topk(q, keys, s.R // 2, True)
-    exact, _ = product_keys.product_key_topk_torch(q.double(), keys.double(), s.R // 2)
-    every = torch.einsum("nhpc,pmc->nhpm", q.double(), keys.double())
-    d_scores = draw(*scores.shape)
-    got = product_keys.sub_key_gradient(q, d_scores, indices, s.m, True, share=7)
-    want = product_keys.sub_key_gradient_torch(q.double(), d_scores.double(), indices, s.m)
-    return (("scores", "scores of the indices", "gradient of the sub-keys"),
-            [scores, every.gather(-1, indices.long()), got], [exact, exact, want])
+    scores, experts = product_keys.product_key_experts(q, keys, s.R // 2, True)
+    exact, _ = product_keys.product_key_experts_torch(q.double(), keys.double(), s.R // 2)
+    a, b = torch.einsum("nhpc,pmc->nhpm", q.double(), keys.double()).unbind(2)
+    found = a.gather(2, experts.long() // s.m) + b.gather(2, experts.long() % s.m)
+    _, chosen = product_keys.product_key_topk_torch(q, keys, s.R // 2)
+    d_scores = draw(*chosen.shape)
+    got = product_keys.sub_key_gradient(q, d_scores, chosen, s.m, True, share=7)
+    want = product_keys.sub_key_gradient_torch(q.double(), d_scores.double(), chosen, s.m)
+    return (("scores", "scores of the experts", "gradient of the sub-keys"),
+            [scores, found, got], [exact, exact, want])
+
+
+def kernel_split(s, dtype):
+    """Sums of the parts, which are the number itself, or 16 of its bits."""
+    t = draw(s.N, s.d + 1)
+    got = [split(t, backward, True).float() for backward in (False, True)]
+    return (("three parts", "two parts"), [got[0][:, :3].sum(1), got[1][:, :2].sum(1)],
+            [t.double()] * 2)
 
 
 def kernel_softmax(s, dtype):
@@ -181,7 +193,7 @@ KERNELS = {"permute": kernel_permute,
            **{f"activation {name}": partial(kernel_activation, name)
               for name in ("swiglu", "gelu", "silu", "relu", "relu2")},
            **{f"peer {case}": partial(kernel_peer, case) for case in ("uniform", "few", "one")},
-           "product-key top-k": kernel_topk, "softmax gradient": kernel_softmax}
+           "product keys": kernel_keys, "bfloat16 parts": kernel_split, "softmax gradient": kernel_softmax}
 
 
 def check_kernel(function, s, dtype, end):
@@ -191,7 +203,39 @@ def check_kernel(function, s, dtype, end):
     return error_rows(names, got, want, LIMIT[dtype], dict(dtype=str(dtype)[6:]))
 
 
-# ---- PEER's paths, and the loss ----
+# ---- products by parts, retrieval, PEER's paths, and the loss ----
+
+def check_parts(s, E, end):
+    """The product in bfloat16 parts against F.linear in float64; E outputs."""
+    leaves = [draw(s.N, s.d, dtype=torch.bfloat16), draw(E, s.d) * s.d ** -0.5]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    dy = draw(s.N, E)
+    y64 = torch.nn.functional.linear(*exact)
+    poison()
+    y = LinearByParts.apply(*leaves)
+    got, want = torch.autograd.grad(y, leaves, dy), torch.autograd.grad(y64, exact, dy.double())
+    # the gradient of x is rounded to bfloat16
+    rows = error_rows(["gradient of x"], got[:1], want[:1], LIMIT[torch.bfloat16])
+    return rows + error_rows(("output", "gradient of W"), [y, got[1]], [y64, want[1]], 3e-5)
+
+
+def check_retrieval(s, end):
+    """The retrieval in one launch against peer.retrieve in float64."""
+    k, leaves = s.R // 2, [draw(s.N, 2, 2, 40), draw(2, s.m, 40)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    candidates = torch.stack(cartesian_candidates(k)).to(DEVICE)
+    scores64, _ = retrieve(*exact, k, candidates, topk_readable)
+    poison()
+    scores, _ = product_keys.RetrieveFused.apply(*leaves, k)
+    d_scores = draw(s.N, 2, k)
+    got = [scores, *torch.autograd.grad(scores, leaves, d_scores)]
+    want = [scores64, *torch.autograd.grad(scores64, exact, d_scores.double())]
+    return error_rows(("scores", "gradient of q", "of the sub-keys"), got, want,
+                      LIMIT[torch.float32])
+
+
 
 def check_peer(s, path, dtype, parts, end):
     """GatheredExperts of one path against experts_readable; parts 1 is PKM."""
@@ -245,6 +289,11 @@ def units(toy, place):
         add(f"dispatch {path}", check_dispatch, s, path, [activations])
     for name, function in KERNELS.items() if RUNS else ():
         add(f"kernel {name}", check_kernel, function, s, [])
+    if RUNS:
+        # few outputs, then many: two layouts of the parts
+        found.extend(Unit(f"product by parts, {E} outputs", partial(check_parts, s, E))
+                     for E in (8, s.d))
+        found.append(Unit("retrieval in one launch", partial(check_retrieval, s)))
     for kernel in [False, True] if RUNS else [False]:
         add(f"head_loss {'kernel' if kernel else 'twin'}", check_loss, s, kernel, [])
     # The paths in plain PyTorch run in float32 alone, as in a model.
@@ -256,5 +305,5 @@ def units(toy, place):
         add("PEER fused", check_peer, s, "fused", [2])
     if INTERPRETED and not CUDA:
         # the interpreter's dot product takes bfloat16 for integers
-        found = [unit for unit in found if unit.name != "kernel product-key top-k bfloat16"]
-    return found + model_units(toy)
+        found = [unit for unit in found if unit.name != "kernel product keys bfloat16"]
+    return found + model_units(toy) + gpu_graph.units(place)
