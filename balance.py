@@ -102,11 +102,14 @@ def z_loss(routing):
 
 
 LOSSES = dict(switch=switch_loss, gshard=gshard_loss, importance_load=importance_loss, btx=btx_loss,
-              btx_detached=partial(btx_loss, detached=True), deepseek=deepseek_loss, loss_free=deepseek_loss)
+              btx_detached=partial(btx_loss, detached=True), deepseek=deepseek_loss, loss_free=deepseek_loss,
+              quantile=deepseek_loss)
 # Settings that some read beside balance_loss; and those that differ if a batch is cut into micro-steps.
 COEFFICIENTS = dict(importance_load=("load_loss",), deepseek=("device_loss", "comm_loss"),
                     loss_free=("bias_rate",))
-OF_MICRO_BATCH = {"switch", "gshard", "importance_load", "btx", "btx_detached"}
+OF_MICRO_BATCH = {"switch", "gshard", "importance_load", "btx", "btx_detached", "quantile"}
+BY_BIAS = ("loss_free", "quantile")     # these move the bias of a router that has one, and need no loss
+PRICE_RATE = 0.1    # averages some 20 batches: one alone is noisy, older ones had another router's prices
 
 
 def coefficients(balance):
@@ -119,7 +122,7 @@ def auxiliary_losses(routing, load, config, shape):
     (E,): what was sent before any capacity limit; shape = (B, T). ValueError for a router that lacks a part."""
     zero = torch.zeros((), device=load.device)
     balance = z = zero
-    # the balance loss; beside loss_free it is the sequence loss of DeepSeek-V3 (its coefficient: 0.0001),
+    # the balance loss; beside a bias it is the sequence loss of DeepSeek-V3 (its coefficient: 0.0001),
     # whose f counts the experts that were chosen, where eq. 18 counts the k best without the bias
     if config.balance != "none":
         require(routing.probs, "probs", f"ffn.balance = \"{config.balance}\"", "steerable", config)
@@ -157,6 +160,23 @@ def update_bias(bias, load, rate):
     """
     step = torch.sign(load.mean() - load)
     bias += rate * (step - step.mean())
+
+
+def update_quantile(bias, scores, k):
+    """Quantile balancing (Su 2026, kexue.fm/archives/11619), in place: the bias b (E,), mean 0, with which
+    each expert would be among the k best s + b of its share k / E of these tokens, if the others' stayed;
+    scores s (N, E). It serves the next batch, or micro-batch; processes take the mean of theirs."""
+    # a token's cutoff is its (k+1)-th largest s + b; expert j gets token i if b_j > cutoff_i - s_ij
+    cutoff = (scores + bias).topk(min(k + 1, len(bias)), -1).values[:, -1:]             # (N, 1)
+    wanted = global_mean((cutoff - scores).kthvalue(max(1, len(scores) * k // len(bias)), 0).values)
+    bias.copy_(wanted - wanted.mean())
+
+
+def remember_prices(router, prices):
+    """Moves router.prices (E,), mean 0, towards those of this batch, or micro-batch; of several processes
+    towards the mean of theirs. The average begins at the first batch, since 0 would bias it."""
+    rate = torch.where(router.prices.any(), PRICE_RATE, 1.0)
+    router.prices.lerp_(global_mean(prices - prices.mean()), rate)
 
 
 def policy_loss(stats, token_loss, coefficient):

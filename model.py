@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 import moe
 import peer
-from balance import LOSSES, coefficients, policy_loss
+from balance import LOSSES, OF_MICRO_BATCH, coefficients, policy_loss
 from ffn import ACTIVATIONS, Context, Dense, Stats, draw, fill_widths
+from mamba import Mamba
 from moe import MoE
 from peer import PEER, PKM
 from routers import ROUTERS
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions; query heads share n_kv_head keys and values (2305.13245). It
-    answers what a mixer does: forward(x (B, T, d), rotary, state, start) -> (B, T, d), where x follows `start`
-    positions that `state`, made by new_state, remembers; init_weights; flops_per_token."""
+    """Causal attention with rotary positions (None: without); query heads share n_kv_head keys and values
+    (2305.13245). It answers what a mixer does: forward(x (B, T, d), rotary, state, start) -> (B, T, d), where x
+    follows `start` positions that `state` remembers, a tensor or several that new_state makes and forward
+    writes in; init_weights; flops_per_token."""
 
     def __init__(self, config):
         super().__init__()
@@ -46,11 +48,18 @@ class Attention(nn.Module):
         # one product for queries, keys and values; the first two are turned by their positions
         turned = self.n_head + self.n_kv_head
         qk, v = self.qkv(x).view(B, T, -1, self.head).split([turned, self.n_kv_head], 2)
-        qk, v = rotate(qk, rotary).transpose(1, 2), v.transpose(1, 2)               # (B, heads, T, head)
+        if rotary is not None:
+            qk = rotate(qk, rotary)
+        qk, v = qk.transpose(1, 2), v.transpose(1, 2)                               # (B, heads, T, head)
         q, k = qk.split([self.n_head, self.n_kv_head], 1)
         # with a cache: all S keys and values so far, of which new token i sees the old ones and those up to i
         mask = None
-        if state is not None:
+        if state is not None and isinstance(start, Tensor):
+            # of any length, for a CUDA graph: the whole room, masked
+            state.index_copy_(3, start, torch.stack([k, v]).to(state.dtype))
+            k, v = state                                                            # (B, n_kv_head, room, head)
+            mask = torch.arange(k.shape[2], device=x.device).unsqueeze(0) <= start  # (1, room)
+        elif state is not None:
             state[0, :, :, start:start + T] = k
             state[1, :, :, start:start + T] = v
             k, v = state[:, :, :, :start + T]                                       # (B, n_kv_head, S, head)
@@ -103,7 +112,7 @@ class RMSNorm(nn.Module):
 
 
 # The names in a config of what can stand in the two slots of a block: a line here is a new mixer or layer.
-MIXERS = dict(attention=Attention)
+MIXERS = dict(attention=Attention, mamba=Mamba)
 KINDS = dict(dense=Dense, moe=MoE, peer=PEER, pkm=PKM)
 
 
@@ -117,20 +126,26 @@ def build_ffn(config, layer):
 
 
 class Block(nn.Module):
-    """x + mixer(norm x), then x + ffn(norm x)."""
+    """x + mixer(norm x), then x + ffn(norm x); ffn.inserted: x + dense(norm x) between, then x + ffn(x)."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.norm_attention = RMSNorm(config.model.n_embd)
-        self.attention = MIXERS[config.model.mixer](config.model)
+        mixer = "attention" if layer in attention_layers(config.model) else config.model.mixer
+        self.attention = MIXERS[mixer](config.model)
         self.norm_ffn = RMSNorm(config.model.n_embd)
-        self.ffn = build_ffn(config, layer)
+        self.ffn, f = build_ffn(config, layer), config.ffn
+        self.dense = Dense(config.model.n_embd, f.d_dense, f.activation) if self.ffn.inserted else None
         self.dropout = nn.Dropout(config.model.dropout)
 
     def forward(self, x, ctx, rotary, state, start):
         # tokens exchange what they know, then each by itself goes through its feed-forward layer
         x = x + self.dropout(self.attention(self.norm_attention(x), rotary, state, start))
-        y, stats = self.ffn(self.norm_ffn(x), ctx)
+        h = self.norm_ffn(x)
+        # an inserted layer comes after the block's dense one, and gets the residual stream as it is
+        if self.dense is not None:
+            h = x = x + self.dropout(self.dense(h, ctx)[0])
+        y, stats = self.ffn(h, ctx)
         return x + self.dropout(y), stats
 
 
@@ -148,10 +163,11 @@ class ParamCount(NamedTuple):
 
 
 class Cache:
-    """What the mixers remember of the positions seen so far, a state per layer."""
+    """What the mixers remember of the positions seen so far, a state per layer. length: how many they are, which
+    GPT.forward moves on; a (1,) tensor where a CUDA graph reads one token after the other."""
 
     def __init__(self, states):
-        self.states, self.length = states, 0                    # positions seen; GPT.forward moves it on
+        self.states, self.length = states, 0
 
 
 class GPT(nn.Module):
@@ -175,7 +191,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(m.n_embd, m.vocab_size, bias=False)
         self.dropout = nn.Dropout(m.dropout)
         table = rotary_table(m.n_embd // m.n_head, m.block_size, m.rope_base)
-        self.register_buffer("rotary", table, persistent=False)
+        self.register_buffer("rotary", table if m.rope else None, persistent=False)
         self.init_weights()
         if m.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -185,18 +201,21 @@ class GPT(nn.Module):
         # embedding and head get std 0.02: first logits near 0, first loss near log V
         nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:
-            block.attention.init_weights(len(self.blocks))
-            block.ffn.init_weights(len(self.blocks))
+            for part in filter(None, (block.attention, block.dense, block.ffn)):
+                part.init_weights(len(self.blocks))
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, idx, targets=None, cache=None, domain=None, step=0):
         B, T = idx.shape
         start = 0 if cache is None else cache.length
-        if start + T > self.config.model.block_size:
+        captured = isinstance(start, Tensor)
+        if not captured and start + T > self.config.model.block_size:
             raise ValueError(f"{start + T} positions: model.block_size = {self.config.model.block_size}")
         # embeddings, then block after block
         ctx = Context(idx, domain, step, cache is not None)
-        rotary = self.rotary[:, start:start + T]
+        rotary = self.rotary
+        if rotary is not None:
+            rotary = rotary.index_select(1, start) if captured else rotary[:, start:start + T]
         states = [None] * len(self.blocks) if cache is None else cache.states
         x, stats = self.dropout(self.embedding(idx)), []                            # (B, T, d)
         for block, state in zip(self.blocks, states):
@@ -249,13 +268,17 @@ class GPT(nn.Module):
 
     def differences(self):
         """Those by which several processes would not train the model that one process would."""
-        # balance losses and batch norms are put together over processes
-        together = "ffn.balance", "ffn.query_norm"
+        # balance losses and batch norms are put together over processes, quantiles are averaged
+        together = *(f"ffn.balance {name}" for name in OF_MICRO_BATCH - {"quantile"}), "ffn.query_norm"
         return [text for text in self.per_micro_batch() if not text.startswith(together)]
 
     def not_compiled(self):
         """Why torch.compile cannot take it, or an empty text."""
         return next(filter(None, (block.ffn.not_compiled() for block in self.blocks)), "")
+
+    def not_captured(self, dtype):
+        """Why a training step in `dtype` cannot be a CUDA graph, or an empty text."""
+        return next(filter(None, (block.ffn.not_captured(dtype) for block in self.blocks)), "")
 
     def num_params(self):
         """ParamCount(total, active): a tied head counts once; of the routed experts only those that a token
@@ -267,6 +290,7 @@ class GPT(nn.Module):
         """Forward FLOPs per token, a multiply-add as 2, router and retrieval included. Training: 3 times."""
         m, T = self.config.model, context or self.config.model.block_size
         blocks = sum(b.attention.flops_per_token(T) + b.ffn.flops_per_token() for b in self.blocks)
+        blocks += sum(b.dense.flops_per_token() for b in self.blocks if b.dense is not None)
         return int(blocks + 2 * m.n_embd * m.vocab_size)
 
 
@@ -280,6 +304,13 @@ def sparse_layers(config):
         return []
     every = [i for i in range(config.model.n_layer) if (i + 1) % f.moe_every == 0]
     return [i for i in (sorted(set(f.moe_layers)) or every) if i >= f.n_dense_first]
+
+
+def attention_layers(m):
+    """Indices of the blocks with attention among those with another mixer, of a ModelConfig."""
+    # in the middle of each so many blocks, as in Jamba
+    every = [i for i in range(m.n_layer) if m.attention_every and i % m.attention_every == m.attention_every // 2]
+    return sorted(set(m.attention_layers)) or every
 
 
 def resolve(config):
@@ -308,11 +339,15 @@ def check(config):
     m, f = config.model, config.ffn
     checks = [
         (m.n_embd % m.n_head, "model.n_embd", f"cannot be divided by model.n_head = {m.n_head}"),
-        (m.n_embd % m.n_head == 0 and m.n_embd // m.n_head % 2, "model.n_embd",
+        (m.rope and m.n_embd % m.n_head == 0 and m.n_embd // m.n_head % 2, "model.n_embd",
          f"gives heads of odd width {m.n_embd // m.n_head}; rotary positions turn pairs, so make it even"),
         (m.n_head % m.n_kv_head, "model.n_kv_head", f"must divide model.n_head = {m.n_head}"),
         (any(not 0 <= i < m.n_layer for i in f.moe_layers), "ffn.moe_layers",
          f"names a layer outside 0..{m.n_layer - 1}"),
+        (any(not 0 <= i < m.n_layer for i in m.attention_layers), "model.attention_layers",
+         f"names a layer outside 0..{m.n_layer - 1}"),
+        (m.mixer != "attention" and m.attention_every and not attention_layers(m), "model.attention_every",
+         f"gives none of the {m.n_layer} blocks attention"),
         (KINDS[f.kind] is not Dense and not sparse_layers(config),
          "ffn.n_dense_first" if f.n_dense_first else "ffn.moe_every",
          f"leaves none of the {m.n_layer} layers sparse; for a dense model set ffn.kind = \"dense\""),

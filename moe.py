@@ -14,9 +14,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from balance import OF_MICRO_BATCH, auxiliary_losses, coefficients, entropy, expert_counts, update_bias
+from balance import (BY_BIAS, OF_MICRO_BATCH, auxiliary_losses, coefficients, entropy, expert_counts,
+                     remember_prices, update_bias, update_quantile)
 from ffn import MLP, FeedForward, Stats, activation_of, by_hand, draw, hidden_rows
-from routers import ROUTERS, top_expert, traits_of, visited
+from routers import ROUTERS, Routing, top_expert, traits_of, visited
+from runtime.parallel import announce, exchange, held
 
 
 class Experts(nn.Module):
@@ -24,7 +26,7 @@ class Experts(nn.Module):
 
     def __init__(self, n_expert, d, width, activation):
         super().__init__()
-        self.activation = activation
+        self.activation, self.spread = activation, False    # spread over processes: parallel.share_experts
         self.w_in = nn.Parameter(torch.empty(n_expert, hidden_rows(width, activation), d))   # (E, w or 2w, d)
         self.w_out = nn.Parameter(torch.empty(n_expert, d, width))                           # (E, d, w)
 
@@ -72,7 +74,7 @@ def dispatch_padded(x, routing, experts, slots=None):
     Pairs that the routing drops take no slot."""
     E, d = experts.w_in.shape[0], x.shape[1]
     rank = rank_in_expert(routing, E)                                                   # (P,)
-    slots = slots or max(int(rank.max()) + 1, 1)
+    slots = slots or max(int(expert_counts(routing.expert, E, routing.keep).max()), 1)
     used = (rank >= 0) & (rank < slots)
     # one row past the end takes the pairs without a slot: cut off on the way in, zero on the way back
     place = torch.where(used, routing.expert * slots + rank, E * slots)                 # (P,)
@@ -111,6 +113,24 @@ def dispatch_grouped(x, routing, experts, fused=False, function=None):
 # fused is grouped, with the Triton kernels of kernels/moe.py moving rows and applying the gated activation
 DISPATCH = dict(loop=dispatch_loop, padded=dispatch_padded, grouped=dispatch_grouped,
                 fused=partial(dispatch_grouped, fused=True))
+
+
+def dispatch_across(x, routing, experts, path):
+    """Experts that are spread: rows travel to the process of their expert, by the path `path` through it, and
+    home. x (N, d) -> (N, d), the tokens of this process, which may choose any expert."""
+    # first how many rows will come; pairs that do not travel have an expert number E
+    E = len(experts.w_in)
+    expert = routing.expert if routing.keep is None else torch.where(routing.keep, routing.expert, E)
+    sent, came, visited_here = announce(expert, E)
+    # then the rows and their gates, in the order of their experts, and so of the processes
+    order = torch.sort(expert, stable=True).indices[:sum(sent)]
+    token = routing.token.index_select(0, order)
+    rows = exchange(x.index_select(0, token), sent, came)                               # (rows, d)
+    gate = exchange(routing.weight.index_select(0, order), sent, came)
+    # each that came is a token with one expert; home, and to their tokens
+    visits = Routing(visited_here, gate, torch.arange(len(rows), device=x.device), 1)
+    y = exchange(DISPATCH[path](rows, visits, held(experts)), came, sent)
+    return torch.zeros_like(x).index_add(0, token, y)
 
 
 def limit_capacity(routing, n_expert, slots, shape):
@@ -159,6 +179,8 @@ class MoE(FeedForward):
 
     y = sum over the token's experts of p_i E_i(x), plus the shared experts: n_shared of them are one MLP
     n_shared times as wide (the same function), weighed by sigmoid(x w) if shared_gate (Qwen2 2407.10671).
+    inserted (BASE): x is the residual stream, the router reads x, experts LN(x), and their second matrices
+    start at 0. LN is one for all: an expert's own scale is part of its first matrix, its own shift left out.
 
     MoE(config, d, vocab_size, layer, n_layer): an FFNConfig, completed and checked (ConfigError) if it was
     made by hand; vocab_size and layer are for hash tables. A loop of one's own calls after_step(load).
@@ -166,7 +188,7 @@ class MoE(FeedForward):
     columns = ("router", "n_expert", "top_k", "granularity", "output_norm")
     reads = ("n_expert", "top_k", "granularity", "d_expert", "n_shared", "d_shared", "shared_gate",
              "output_norm", "n_frozen", "frozen_routes", "router", "balance", "z_loss", "dispatch",
-             "capacity_factor", "eval_capacity_factor")
+             "capacity_factor", "eval_capacity_factor", "inserted")
 
     def __init__(self, config, d, vocab_size=0, layer=0, n_layer=1):
         super().__init__()
@@ -180,14 +202,16 @@ class MoE(FeedForward):
         self.shared_gate = nn.Linear(d, 1, bias=False) if config.shared_gate else None
         self.norm = nn.LayerNorm(d, bias=False) if config.output_norm else None
         self.n_expert, self.n_active, self.n_frozen = config.experts, visited(config), config.n_frozen
-        self.steerable = self.router.traits.steerable
+        self.steerable, self.inserted = self.router.traits.steerable, config.inserted
         with torch.random.fork_rng(devices=[]):         # whole by itself; a GPT draws once more, in its order
             self.init_weights(n_layer)
 
     def init_weights(self, n_layer):
-        """No expert starts at zero or like another. The router was drawn by its constructor."""
+        """No expert starts like another, nor, if not inserted, at zero. The router's constructor drew it."""
         draw(self.experts.w_in)
         draw(self.experts.w_out, n_layer)
+        if self.inserted:
+            nn.init.zeros_(self.experts.w_out)
         if self.shared is not None:
             self.shared.init_weights(n_layer)
         if self.shared_gate is not None:
@@ -198,9 +222,16 @@ class MoE(FeedForward):
         flat = x.reshape(B * T, d).to(compute_dtype(x))
         # 1. every token chooses
         routing = self.router(flat, ctx)
-        # 2. count before anything is dropped; the losses that keep the choice even
+        if self.inserted:
+            x = nn.functional.layer_norm(x, (d,))
+            flat = x.reshape(B * T, d).to(flat.dtype)
+        # 2. count before anything is dropped; the losses that keep the choice even, and what a batch does so
         load = expert_counts(routing.expert, c.experts, routing.keep)                   # (E,)
         aux, balance, z = auxiliary_losses(routing, load, c, (B, T))
+        if self.training and c.balance == "quantile":
+            update_quantile(self.router.bias, routing.logits.detach().sigmoid(), self.n_active)
+        if routing.prices is not None:
+            remember_prices(self.router, routing.prices)
         # 3. queues of limited length, if there is a limit
         factor = c.capacity_factor if self.training else c.eval_capacity_factor
         slots, dropped = None, torch.zeros((), device=x.device)
@@ -209,10 +240,13 @@ class MoE(FeedForward):
             slots = min(B * T, -(-round(factor * 10**12) * routing.expert.numel() // (c.experts * 10**12)))
             routing = limit_capacity(routing, c.experts, slots, (B, T))
             dropped = 1 - routing.keep.sum() / load.sum()
-        # 4. there and back
+        # 4. there and back; one new token of each text on a card goes by the path that waits for nothing
         path = choose_dispatch(c.dispatch, self.experts, flat)
+        if ctx.generating and T == 1 and x.is_cuda:
+            path, slots = "padded", B
         more = dict(slots=slots) if path == "padded" else {}
-        y = DISPATCH[path](flat, routing, self.experts, **more).view(B, T, d)
+        go = partial(dispatch_across, path=path) if self.experts.spread else partial(DISPATCH[path], **more)
+        y = go(flat, routing, self.experts).view(B, T, d)
         # 5. what every token visits
         if self.shared is not None:
             shared = self.shared(x)
@@ -238,7 +272,7 @@ class MoE(FeedForward):
     @staticmethod
     def checks(config):
         f, E, k, traits = config.ffn, config.ffn.experts, visited(config.ffn), traits_of(config.ffn)
-        room = f.topk_groups * (E // f.n_groups)
+        room, by = f.topk_groups * (E // f.n_groups), "loss_free" if f.balance in BY_BIAS else f.balance
         only = lambda fits: " or ".join(                                                # noqa: E731
             f'"{r}"' for r, router in ROUTERS.items() if fits(router.traits))
         return [
@@ -257,8 +291,10 @@ class MoE(FeedForward):
             (f.n_groups > 1 and room < k, "ffn.topk_groups", f"leaves {room} experts to choose {k} from"),
             (f.d_shared and f.n_shared, "ffn.d_shared", "and ffn.n_shared both set the width; give one of them"),
             (f.shared_gate and not (f.d_shared or f.n_shared), "ffn.shared_gate", "needs d_shared or n_shared"),
-            (f.balance in ("loss_free", "importance_load") and f.balance != traits.balance, "ffn.balance",
-             f"needs ffn.router = {only(lambda t: t.balance == f.balance)}, with the bias or the noise for it"),
+            (by in ("loss_free", "importance_load") and by != traits.balance, "ffn.balance",
+             f"needs ffn.router = {only(lambda t: t.balance == by)}, with the bias or the noise for it"),
+            (f.balance == "quantile" and (f.n_groups > 1 or f.n_frozen and f.frozen_routes), "ffn.balance",
+             "knows neither groups nor frozen routes; with ffn.n_groups or ffn.n_frozen use \"loss_free\""),
             (f.balance != "none" and not traits.steerable, "ffn.balance", f"has nothing to act on: ffn.router = "
              f"\"{f.router}\" does not choose by probability; use \"none\""),
             (f.z_loss and not traits.logits, "ffn.z_loss", "needs a router with logits"),
@@ -298,12 +334,21 @@ class MoE(FeedForward):
     def by_parts(self):
         c, traits = self.config, self.router.traits
         counted = c.balance in OF_MICRO_BATCH and any(getattr(c, name) for name in coefficients(c.balance))
+        counted = counted or c.balance == "quantile"
         found = [(traits.across or self.router.draws_noise(), "ffn.router"),
                  (c.capacity_factor, "ffn.capacity_factor"), (counted, "ffn.balance")]
         return [key for true, key in found if true]
 
     def not_compiled(self):
-        return "" if self.router.traits.compiles else f"ffn.router {self.config.router}: its work depends on data"
+        why = "train.parallel expert: loads decide how many rows travel" if self.experts.spread else ""
+        return why if self.router.traits.compiles else f"ffn.router {self.config.router}: its work depends on data"
+
+    def not_captured(self, dtype):
+        path = choose_dispatch(self.config.dispatch, self.experts, self.experts.w_in.new_empty(0, dtype=dtype))
+        # F.grouped_mm is one kernel in bfloat16, elsewhere a product for each group, whose ends it asks for
+        known = path == "padded" and self.config.capacity_factor or path in ("grouped", "fused") and (
+            dtype == torch.bfloat16)
+        return self.not_compiled() or ("" if known else f"dispatch {path} in {str(dtype)[6:]}: it waits for loads")
 
     def not_grown(self):
         return self.router.traits.not_grown
@@ -324,6 +369,6 @@ def fill_choices(config, d=0):
     f.topk_groups = f.topk_groups or f.n_groups
     if f.balance == "auto":
         f.balance = traits_of(f).balance
-    # loss_free balances without a loss, unless one is asked for
-    if f.balance == "loss_free" and "ffn.balance_loss" not in config.sources and f.balance_loss == 0.01:
+    # a bias balances without a loss, unless one is asked for
+    if f.balance in BY_BIAS and "ffn.balance_loss" not in config.sources and f.balance_loss == 0.01:
         f.balance_loss = 0.0

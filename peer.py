@@ -9,7 +9,7 @@ An expert is one neuron, e_i(x) = act(x . u_i) v_i; a token uses R = h k of the 
 `retrieve` and `experts_readable` are the paper. The fast paths, in kernels/, never hold the gathered rows
 (N, R, 2, d): 256 KiB a token at R = 128, d = 256, each of them used once.
 
-- u_i and v_i lie side by side in one table (E, 2, d): one index, one gradient. All heads share experts and keys.
+- u_i and v_i lie side by side in one table (E, 2, d), which all heads share: one index, one gradient.
 - Queries, scores and gates are float32, also under autocast: a rounded score flips a choice. So are tables.
 - loss.backward() adds a table's gradient to the .grad that is there: see kernels.peer.GatheredExperts.
 
@@ -75,7 +75,8 @@ class Queries(nn.Module):
             self.norm = nn.LayerNorm(d_key) if norm == "layernorm" else nn.Identity()
 
     def forward(self, x):
-        q = F.linear(x.to(self.weight.dtype), self.weight)                              # (N, 2hc)
+        from kernels.parts import linear32                  # F.linear, on tensor cores where that pays
+        q = linear32(x, self.weight)                                                    # (N, 2hc)
         q = q.view(len(x), self.heads, -1) if isinstance(self.norm, nn.LayerNorm) else q
         return self.norm(q).view(len(x), self.heads, 2, -1)
 
@@ -90,17 +91,21 @@ def cartesian_candidates(k):
 
 
 def retrieve(q, sub_keys, k, candidates, topk):
-    """The k best of the m^2 experts for each query: q (N, h, 2, c), sub_keys (2, m, c) -> scores (N, h, k),
-    descending, and experts (N, h, k) int32. Exact; to which of several equal experts the scores belong is up
-    to `topk`, the function that finds the k best sub-keys of each half."""
-    scores, indices = topk(q, sub_keys, k)                                              # (N, h, 2, k)
+    """The k best of the m^2 experts for each query: q (N, h, 2, c), sub_keys (2, m, c), or of each head's own
+    (h, 2, m, c) -> scores (N, h, k), descending, and experts (N, h, k) int32. Exact; to which of equal ones
+    the scores belong is up to `topk`, the function that finds the k best sub-keys of each half."""
+    if sub_keys.dim() == 3:
+        scores, indices = topk(q, sub_keys, k)                                          # (N, h, 2, k)
+    else:
+        each = [topk(one, own, k) for one, own in zip(q.split(1, 1), sub_keys)]         # h times (N, 1, 2, k)
+        scores, indices = (torch.cat(part, 1) for part in zip(*each))
     first, second = scores.unbind(2)                                                    # (N, h, k) each
     i, j = candidates                                                                   # 50 pairs at k = 16
     # s_ij = q' . c_i + q" . c'_j of the candidates, and the k best of them
     best, at = (first.index_select(2, i) + second.index_select(2, j)).topk(k, -1)
     # expert i m + j, from the sub-keys' own numbers
     first, second = indices.unbind(2)
-    expert = first.index_select(2, i) * sub_keys.shape[1] + second.index_select(2, j)
+    expert = first.index_select(2, i) * sub_keys.shape[-2] + second.index_select(2, j)
     return best, expert.gather(2, at).int()
 
 
@@ -137,8 +142,8 @@ class PEER(FeedForward):
     many = True
     steerable = True
     columns = ("n_keys", "peer_heads", "peer_top_k")
-    reads = ("n_keys", "peer_heads", "peer_top_k", "d_key", "query_norm", "peer_score", "peer_activation",
-             "peer_path")
+    reads = ("n_keys", "peer_heads", "peer_top_k", "keys_per_head", "d_key", "query_norm", "peer_score",
+             "peer_activation", "peer_path")
 
     def __init__(self, config, d, vocab_size=0, layer=0, n_layer=1):
         super().__init__()
@@ -149,7 +154,8 @@ class PEER(FeedForward):
         self.n_active = config.peer_heads * config.peer_top_k
         self.activation = config.peer_activation if config.kind == "peer" else None
         self.queries = Queries(d, config.peer_heads, config.d_key, config.query_norm)
-        self.sub_keys = nn.Parameter(torch.empty(2, config.n_keys, config.d_key // 2))
+        own = [config.peer_heads] if config.keys_per_head else []
+        self.sub_keys = nn.Parameter(torch.empty(*own, 2, config.n_keys, config.d_key // 2))
         self.table = nn.Parameter(torch.empty(self.n_expert, 2 if self.activation else 1, d))
         self.table.keep_grad = True             # 2 GiB of fresh memory cost a CPU more than filling it
         with torch.device("cpu"):                                       # nonzero() has no meta version
@@ -179,14 +185,18 @@ class PEER(FeedForward):
 
     def forward(self, x, ctx):
         from kernels.peer import GatheredExperts, choose_path       # fast paths are read where they are used
-        from kernels.product_keys import TopKLean
+        from kernels.product_keys import RetrieveFused, TopKLean, fuses
         c, (B, T, d) = self.config, x.shape
         flat = x.reshape(B * T, d)
         path = choose_path(c.peer_path, self.table)
         # h queries of each token, and the k best experts of each query, (N, h, k)
         with torch.autocast(x.device.type, enabled=False):
-            topk = topk_readable if path == "readable" else TopKLean.apply
-            score, idx = retrieve(self.queries(flat), self.sub_keys, c.peer_top_k, self.candidates, topk)
+            q = self.queries(flat)                                                      # (N, h, 2, c)
+            if path != "readable" and self.sub_keys.dim() == 3 and fuses(q):
+                score, idx = RetrieveFused.apply(q, self.sub_keys, c.peer_top_k)
+            else:
+                topk = topk_readable if path == "readable" else TopKLean.apply
+                score, idx = retrieve(q, self.sub_keys, c.peer_top_k, self.candidates, topk)
         # gates, each head's own
         gate = score.softmax(-1) if c.peer_score == "softmax" else score.sigmoid()      # (N, h, k)
         # the R = h k experts of each token, weighted and summed
@@ -221,7 +231,8 @@ class PEER(FeedForward):
     def describe(self, dtype):
         from kernels.peer import choose_path
         c, path = self.config, choose_path(self.config.peer_path, self.table)
-        return f"{self.n_expert:,} rows, {c.peer_heads} heads x {c.peer_top_k} a token, path {path}"
+        own = ", each head its sub-keys" if c.keys_per_head else ""
+        return f"{self.n_expert:,} rows, {c.peer_heads} heads x {c.peer_top_k} a token{own}, path {path}"
 
     def inactive_params(self):
         return max(0, self.n_expert - self.n_active) * self.table[0].numel()

@@ -62,6 +62,7 @@ class Routing(NamedTuple):
     smooth_load: Tensor | None = None   # (E,) differentiable estimate of the load (Shazeer)
     log_prob: Tensor | None = None      # (N,) of the expert that was sampled
     baseline: Tensor | None = None      # (N,) the reward that was expected
+    prices: Tensor | None = None        # (E,) of the experts, in training, where these balance the batch
 
     def by_token(self):
         """(experts, weights), both (N, k); only where every token chooses k."""
@@ -92,8 +93,9 @@ class Linear32(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None
 
     def forward(self, x):
+        from kernels.parts import linear32                      # F.linear, on tensor cores where that pays
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight, self.bias)
+            return linear32(x, self.weight, self.bias)
 
 
 class Router(nn.Module):
@@ -246,7 +248,7 @@ class GShard(Router):
 
 
 class Sigmoid(Router):
-    """DeepSeek-V3 (2412.19437) eq. 13-16, loss-free (2408.15664): MoE.after_step moves b, after each batch."""
+    """DeepSeek-V3 (2412.19437) eq. 13-16. After each batch b moves: loss-free (2408.15664), or by quantiles."""
     traits = Traits("sigmoid scores, for loss-free balancing", "DeepSeek-V3 2412.19437, 2408.15664",
                     "sigmoid, renormalised after the selection", balance="loss_free",
                     reads=("n_groups", "topk_groups", "route_scale"))
@@ -270,10 +272,32 @@ class Sigmoid(Router):
         return pairs(indices, weights * c.route_scale, logits=logits, probs=s / s.sum(-1, keepdim=True))
 
 
-class Sinkhorn(Router):
+class Priced(Router):
+    """In training each expert has a price, such that the best logit minus price spreads a batch evenly:
+    assign(z (N, E)) -> (experts (N,), prices (E,)). In evaluation each token goes by its own logits, raw or
+    minus `prices`, the moving average that balance.remember_prices keeps (ffn.eval_prices)."""
+
+    def __init__(self, config, d, vocab_size=0, layer=0):
+        super().__init__(config, d)
+        self.register_buffer("prices", torch.zeros(self.n_expert))
+        told = "has no prices yet, so that ffn.eval_prices = \"ema\" chooses as \"raw\" does"
+        self.may_lack = dict(prices=told if config.eval_prices == "ema" else "")
+
+    def forward(self, x, ctx):
+        logits = self.score(x)
+        value = logits - self.prices if self.config.eval_prices == "ema" else logits
+        indices, prices = self.assign(logits.detach()) if self.training else (value.argmax(-1), None)
+        # the gate is the sigmoid of the chosen raw logit
+        indices = indices.unsqueeze(-1)
+        return pairs(indices, logits.gather(1, indices).sigmoid(), logits=logits, probs=logits.softmax(-1),
+                     prices=prices)
+
+
+class Sinkhorn(Priced):
     """S-BASE (Clark 2202.01169 sec. 3.1): in training the largest entry of a balanced transport plan."""
     traits = Traits("S-BASE, a balanced transport plan", "Clark 2202.01169", "sigmoid", k=1, balance="none",
-                    ahead="in training", across="in training", reads=("sinkhorn_iters", "sinkhorn_tau"))
+                    ahead="in training", across="in training",
+                    reads=("sinkhorn_iters", "sinkhorn_tau", "eval_prices"))
 
     def plan(self, logits):
         """Log of the plan exp(z / tau), (N, E): rows sum to 1, columns to N / E; without gradient."""
@@ -284,31 +308,24 @@ class Sinkhorn(Router):
             plan = plan - plan.logsumexp(1, keepdim=True)
         return plan
 
-    def forward(self, x, ctx):
-        logits = self.score(x)
-        indices = (self.plan(logits) if self.training else logits).argmax(-1, keepdim=True)
-        # the gate is the sigmoid of the chosen raw logit
-        return pairs(indices, logits.gather(1, indices).sigmoid(), logits=logits, probs=logits.softmax(-1))
+    def assign(self, logits):
+        plan = self.plan(logits)
+        # log plan_ij = z_ij / tau - u_i - v_j: tau v_j, plus a number common to all, is what expert j costs
+        return plan.argmax(-1), (logits - self.config.sinkhorn_tau * plan).mean(0)
 
 
-class Base(Router):
+class Base(Priced):
     """BASE layers (Lewis et al. 2103.16716): in training each expert gets N/E tokens, so that the summed
     affinity is largest; in evaluation a token takes its best. With the block's residual connection the
-    paper's alpha f(x) + (1 - alpha) x is x + alpha E(x), alpha the sigmoid of the affinity."""
+    paper's alpha f(x) + (1 - alpha) x is x + alpha E(x), alpha the sigmoid of the affinity (ffn.inserted)."""
     traits = Traits("balanced assignment", "BASE 2103.16716", "sigmoid", k=1, balance="none",
-                    ahead="in training", across="in training", compiles=False)
+                    ahead="in training", across="in training", compiles=False, reads=("eval_prices",))
 
     def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__(config, d)
-        from kernels.assignment import balanced_assignment
+        from kernels.assignment import auction
         nn.init.orthogonal_(self.score.weight, gain=0.1)
-        self.assign = torch.compiler.disable(balanced_assignment)       # not at import: it takes 2 seconds
-
-    def forward(self, x, ctx):
-        logits = self.score(x)
-        # N/E tokens for each expert, or each token's best expert; the gate is the sigmoid of its affinity
-        indices = (self.assign(logits.detach()) if self.training else logits.argmax(-1)).unsqueeze(-1)
-        return pairs(indices, logits.gather(1, indices).sigmoid(), logits=logits, probs=logits.softmax(-1))
+        self.assign = torch.compiler.disable(auction)                   # not at import: it takes 2 seconds
 
 
 def hash_table(vocab_size, n_expert, counts=None, seed=0):

@@ -27,11 +27,19 @@ class ModelConfig:
     n_embd: int = opt(128, "width d of the residual stream", low=1)
     block_size: int = opt(128, "longest context T, in tokens", low=1)
     vocab_size: int = opt(0, "rows of the embedding table (0: what the corpus's tokenizer has)", low=0)
-    mixer: str = opt("attention", "what mixes the positions in every block, one of model.MIXERS")
+    mixer: str = opt("attention", "what mixes the positions: attention, mamba (model.MIXERS)")
+    attention_every: int = opt(0, "beside another mixer: the middle one of each so many blocks has attention (0: "
+                               "none; Jamba: 8)", low=0)
+    attention_layers: list[int] = opt([], "indices of the blocks with attention, instead of attention_every")
     n_head: int = opt(4, "query heads of attention", low=1)
     n_kv_head: int = opt(0, "key/value heads, grouped-query attention (0: as many as n_head)", low=0)
     qkv_bias: bool = opt(False, "biases on the q, k and v projections (Qwen2)")
+    rope: bool = opt(True, "rotary positions in attention (Jamba has none)")
     rope_base: float = opt(10000.0, "base of the rotary frequencies", low=1.0)
+    d_state: int = opt(16, "mamba: numbers n in the state of a channel", low=1)
+    d_conv: int = opt(4, "mamba: positions K of the short convolution", low=1)
+    expand: int = opt(2, "mamba: channels, times n_embd", low=1)
+    dt_rank: int = opt(0, "mamba: width of what the step size is made from (0: n_embd / 16)", low=0)
     dropout: float = opt(0.0, "dropout on embeddings, attention and block outputs", low=0.0, high=0.9)
     tie_embeddings: bool = opt(True, "the output head shares the embedding table")
     loss_chunks: int = opt(1, "slices in which training computes the loss; above 1 it has no logits", low=1)
@@ -47,6 +55,7 @@ class FFNConfig:
     moe_every: int = opt(0, "the last of each so many layers is sparse (0: all; peer, pkm: the middle)", low=0)
     moe_layers: list[int] = opt([], "indices of the sparse layers, instead of moe_every")
     n_dense_first: int = opt(0, "this many first layers stay dense (DeepSeekMoE)", low=0)
+    inserted: bool = opt(False, "the sparse layers stand behind dense ones, not in their place (BASE)")
 
     n_expert: int = opt(8, "routed experts of a layer, before any granularity split", low=1, group="experts")
     top_k: int = opt(2, "experts that a token visits, before any granularity split", low=1)
@@ -68,6 +77,8 @@ class FFNConfig:
     jitter: float = opt(0.01, "switch: router input times U(1-j, 1+j) in training", low=0.0, high=0.99)
     sinkhorn_iters: int = opt(8, "sinkhorn: fixed number of row and column scalings", low=1)
     sinkhorn_tau: float = opt(1.0, "sinkhorn: temperature of the plan", low=1e-3)
+    eval_prices: str = opt("raw", "sinkhorn, base: evaluation goes by the raw logits, or minus the moving "
+                           "average of the prices in training (ema)", choices=["raw", "ema"])
     hash_table: str = opt("random", "hash: the table; balanced: by counts", choices=["random", "balanced"])
     rl_loss: float = opt(0.01, "rl: coefficient of the policy and baseline losses", low=0.0)
     gumbel_rate: float = opt(1e-4, "sample_top1: r of the temperature max(0.5, exp(-r step))", low=0.0)
@@ -90,6 +101,7 @@ class FFNConfig:
     n_keys: int = opt(64, "sub-keys m of each half, for E = m^2 experts", low=2, group="kinds peer and pkm")
     peer_heads: int = opt(4, "retrieval heads h", low=1)
     peer_top_k: int = opt(8, "experts k that each head retrieves", low=1)
+    keys_per_head: bool = opt(False, "each head has sub-keys of its own (PKM), not all the same (PEER)")
     d_key: int = opt(0, "width of a query, both halves together (0: n_embd / 2)", low=0)
     query_norm: str = opt("batchnorm", "norm of the queries", choices=["batchnorm", "layernorm", "none"])
     peer_score: str = opt("softmax", "gate over the k retrieved of a head", choices=["softmax", "sigmoid"])
@@ -129,8 +141,8 @@ class TrainConfig:
     max_steps: int = opt(1000, "optimizer steps", low=1, group="how long, and how")
     batch_size: int = opt(32, "sequences per optimizer step, all micro-steps and processes together", low=1)
     grad_accum: int = opt(1, "micro-steps that a batch is cut into, to save memory. Each is seen by itself by "
-                          "the balances switch, gshard, importance_load, btx and btx_detached, by capacity, "
-                          "batchnorm, dropout, routers that draw or look across; all else trains the same", low=1)
+                          "the balances switch, gshard, importance_load, btx, btx_detached and quantile, by "
+                          "capacity, batchnorm, dropout, routers that draw or look across; no others", low=1)
     lr: float = opt(3e-3, "peak learning rate", low=0.0)
     min_lr: float = opt(0.1, "final learning rate, as a share of lr", low=0.0, high=1.0)
     warmup_steps: int = opt(100, "steps of linear warm-up", low=0)
@@ -157,9 +169,13 @@ class TrainConfig:
     dtype: str = opt("auto", "arithmetic: auto is float32 on CPU and MPS, bfloat16 on CUDA; parameters stay "
                      "float32", choices=["auto", "float32", "bfloat16"], group="what computes")
     device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=["auto", "cpu", "cuda", "mps"])
-    compile: str = opt("auto", "torch.compile: auto is on for CUDA alone", choices=["auto", "on", "off"])
+    compile: str = opt("auto", "torch.compile: auto weighs what it costs against what it saves in the steps that "
+                       "are left", choices=["auto", "on", "off"])
+    graph: str = opt("auto", "a step as CUDA graphs, which cost the host nothing; auto: where it can be",
+                     choices=["auto", "on", "off"])
     parallel: str = opt("ddp", "several processes (torchrun): ddp, each has the whole model; fsdp, each has a "
-                        "share of all that it holds, for what outgrows one GPU", choices=["ddp", "fsdp"])
+                        "share of all that it holds, for what outgrows one GPU; expert, ddp, but each has a "
+                        "share of the experts, to which tokens travel", choices=["ddp", "fsdp", "expert"])
 
 
 @dataclass

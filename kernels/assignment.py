@@ -4,7 +4,13 @@ import torch
 
 def balanced_assignment(scores, epsilon=None):
     """Expert of each token, (N, E) -> (N,), at most ceil(N/E) tokens each, the sum of scores within N epsilon
-    of the largest possible: an auction (Bertsekas). The number of rounds depends on the data."""
+    of the largest possible."""
+    return auction(scores, epsilon)[0]
+
+
+def auction(scores, epsilon=None):
+    """That assignment by an auction (Bertsekas), and what the experts cost at its end, (E,): no token would
+    gain more than epsilon, in score minus price, elsewhere. The number of rounds depends on the data."""
     N, E = scores.shape
     slots = -(-N // E)
     scores = scores.float().nan_to_num()        # a NaN would be bid on for ever; the loss will tell of it
@@ -28,4 +34,4 @@ def balanced_assignment(scores, epsilon=None):
         last = held.ge(0) & (rank == slots - 1)
         price[held[last]] = bid[order[last]]
         owner[order[held.ge(0) & (rank >= slots)]] = -1
-    return owner.clamp_min(0)
+    return owner.clamp_min(0), price

@@ -111,6 +111,36 @@ def unpermute(y, inverse, k, kernel=None):
     return out
 
 
+def invert_torch(order):
+    position = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
+    return order.int(), torch.empty_like(position).scatter_(0, order, position)
+
+
+@triton.jit
+def _invert_kernel(ORDER, SHORT, INVERSE, P, BLOCK: tl.constexpr):
+    """A block of positions per program. Each writes one element of INVERSE, and no two the same.
+    Limits: offsets are 64-bit; values are below 2^31."""
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = p < P
+    pair = tl.load(ORDER + p, mask=live, other=0)
+    tl.store(SHORT + p, pair.to(tl.int32), mask=live)
+    tl.store(INVERSE + pair, p.to(tl.int32), mask=live)
+
+
+def invert(order, kernel=None):
+    """order (P,) int64, a permutation -> order and inverse, inverse[order[p]] = p, as int32: what
+    `permute` and `unpermute` read, in half the bytes."""
+    if not choose(kernel, order):
+        return invert_torch(order)
+    order, = contiguous(order)
+    short = torch.empty_like(order, dtype=torch.int32)
+    inverse = torch.empty_like(short)
+    if len(order):
+        _invert_kernel[(ceil_div(len(order), 1024),)](order, short, inverse, len(order), 1024,
+                                                      num_warps=4)
+    return short, inverse
+
+
 # ---- the activation with the routing weight folded in ----
 # W_out (p act(h)) = p W_out act(h) for an expert without bias and a routing weight p. With the
 # weight here, the router's gradient is a dot product over w instead of d, and no expert output
@@ -285,7 +315,8 @@ class GroupedExperts(torch.autograd.Function):
     offsets (E,) int32 the ends of the groups -> y (N, d). weight, order and token are in expert
     order. k is 0 where tokens differ in their number of experts.
 
-    Saves x, the pre-activation, the weights and the order; backward gathers the rows and applies
+    Saves x, the pre-activation, the weights and the order (fused: and its inverse, both int32, in
+    the place of the tokens); backward gathers the rows and applies
     the activation again. Autograd would also keep both of them and the parts of the activation: 3.6
     times the memory (N 2048, d 256, w 128, E 32, k 4; see lab/bench.py moe). With `fused` the
     Triton kernels move the rows and apply the activation. Without, no Triton is involved.
@@ -294,16 +325,19 @@ class GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_in, w_out, weight, order, token, offsets, k, activation, fused):
         kernel = fused and use_triton(x)
+        # The kernels that move rows need the same k for every token; expert choice has none, k = 0.
+        inverse = None
+        if fused and k:
+            (order, inverse), token = invert(order), None
         # 1. Gather the rows and multiply by the first matrices -> h (P, w or 2w). The gathered rows
         #    (P, d) get no name, so that Python frees them when the product is done. The
         #    outputs of the experts in step 3 have none either.
-        h = grouped_product(gather(x, order, token, k, fused), w_in.transpose(1, 2), offsets)
+        h = grouped_product(gather(x, order, token, k), w_in.transpose(1, 2), offsets)
         # 2. Activate and weight: h (P, w or 2w) -> a (P, w).
         a = gated_activation(h, weight, activation, kernel)
         # 3. Multiply by the second matrices and bring the outputs home: (P, d) -> (N, d).
-        y = combine(grouped_product(a, w_out.transpose(1, 2), offsets), x.shape[0], order, token, k,
-                    fused)
-        ctx.save_for_backward(x, w_in, w_out, weight, order, token, offsets, h)
+        y = combine(grouped_product(a, w_out.transpose(1, 2), offsets), x.shape[0], inverse, token, k)
+        ctx.save_for_backward(x, w_in, w_out, weight, order, inverse, token, offsets, h)
         ctx.k = k
         ctx.activation = activation
         ctx.fused = fused
@@ -311,12 +345,12 @@ class GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, w_in, w_out, weight, order, token, offsets, h = ctx.saved_tensors
-        k, fused = ctx.k, ctx.fused
+        x, w_in, w_out, weight, order, inverse, token, offsets, h = ctx.saved_tensors
+        k = ctx.k
         dy = dy.contiguous()
-        kernel = fused and use_triton(dy)
+        kernel = ctx.fused and use_triton(dy)
         # 3. backwards: each pair gets its token's gradient.
-        d_rows = gather(dy, order, token, k, fused)                                     # (P, d)
+        d_rows = gather(dy, order, token, k)                                            # (P, d)
         da = grouped_product(d_rows, w_out, offsets)                                    # (P, w)
         # 2. backwards, which also makes the activation again, in the memory of da.
         dh, d_weight, a = gated_activation_backward(da, h, weight, ctx.activation, kernel)
@@ -324,8 +358,8 @@ class GroupedExperts(torch.autograd.Function):
         # Free three (P, .) tensors before the rows of x are gathered again.
         del d_rows, da, a
         # 1. backwards.
-        d_w_in = grouped_product(dh.T, gather(x, order, token, k, fused), offsets)
-        dx = combine(grouped_product(dh, w_in, offsets), x.shape[0], order, token, k, fused)
+        d_w_in = grouped_product(dh.T, gather(x, order, token, k), offsets)
+        dx = combine(grouped_product(dh, w_in, offsets), x.shape[0], inverse, token, k)
         return dx, d_w_in, d_w_out, d_weight, None, None, None, None, None, None
 
 
@@ -375,19 +409,16 @@ def groups(offsets):
     return [slice(start, end) for start, end in zip([0] + ends, ends)]
 
 
-def gather(x, order, token, k, fused):
-    """Rows of x (N, d) in expert order, (P, d)."""
-    # The kernel needs the same k for every token. Expert choice has none and passes k = 0.
-    if fused and k:
+def gather(x, order, token, k):
+    """Rows of x (N, d) in expert order, (P, d): by the kernel where `token` is None."""
+    if token is None:
         return permute(x, order, k)
     return x.index_select(0, token)
 
 
-def combine(rows, n_token, order, token, k, fused):
-    """Sum of each token's rows: (P, d) in expert order -> (N, d)."""
-    if fused and k:
-        position = torch.arange(order.numel(), device=order.device)
-        inverse = torch.empty_like(order).scatter_(0, order, position)                  # (P,)
+def combine(rows, n_token, inverse, token, k):
+    """Sum of each token's rows: (P, d) in expert order -> (N, d), by the kernel likewise."""
+    if token is None:
         return unpermute(rows, inverse, k)
     # Not index_add_: torch 2.11's compiler loses the gradient of a Function that returns it.
     return rows.new_zeros(n_token, rows.shape[1]).index_add(0, token, rows)

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from kernels import common, moe, peer as kernels_peer, product_keys
+from kernels import common, moe, parts, peer as kernels_peer, product_keys
 from kernels.common import tl
 from kernels.moe import gated_activation, gated_activation_backward, permute, unpermute
 from kernels.peer import peer_backward_table, peer_backward_tokens, peer_forward
-from kernels.product_keys import product_key_topk, sub_key_gradient
+from kernels.product_keys import RetrieveFused, product_key_experts, sub_key_gradient
 from ffn import Context
 from model import GPT, load_config
-from peer import cartesian_candidates
+from peer import cartesian_candidates, retrieve, topk_readable
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -266,7 +266,7 @@ def test_float32_table_takes_bfloat16_tokens():
                                            (66, 1, 16, 16, 16), (3, 1, 9, 3, 1), (2, 1, 200, 4, 70),
                                            (1, 2, 64, 5, 64)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_product_key_topk_is_exact_with_ties_to_the_lower_index(N, h, m, c, k, tied):
+def test_product_keys_are_exact_with_ties_as_stated(N, h, m, c, k, tied):
     """Integers, so that any order of summation gives the same scores; `tied`: so small that most
     are equal, and the second half of the sub-keys repeats the first."""
     high = 2 if tied else 1000
@@ -274,46 +274,52 @@ def test_product_key_topk_is_exact_with_ties_to_the_lower_index(N, h, m, c, k, t
     sub_keys = randn(2, m, c).mul(high / 2).round()
     if tied:
         sub_keys[:, m // 2:] = sub_keys[:, :m - m // 2]
-    topk_check(q, sub_keys, k)
+    keys_check(q, sub_keys, k)
 
 
-def topk_check(q, sub_keys, k):
-    """The kernel's scores and indices are those of a stable sort."""
-    scores, indices = product_key_topk(q, sub_keys, k, kernel=True)
+def keys_check(q, sub_keys, k):
+    """The kernel's scores and experts are those of stable sorts: of the sub-keys of each half, then
+    of the sums, those of the best first sub-key first."""
+    scores, experts = product_key_experts(q, sub_keys, k, kernel=True)
     every = torch.einsum("nhpc,pmc->nhpm", q, sub_keys)
-    wanted, order = every.sort(dim=-1, descending=True, stable=True)
-    assert torch.equal(scores, wanted[..., :k])
-    assert torch.equal(indices.long(), order[..., :k])
+    best, order = (t[..., :k] for t in every.sort(dim=-1, descending=True, stable=True))
+    (a, b), (i, j) = best.unbind(2), order.unbind(2)
+    sums = (a.unsqueeze(3) + b.unsqueeze(2)).flatten(2)
+    wanted, at = (t[..., :k] for t in sums.sort(dim=-1, descending=True, stable=True))
+    numbers = (i.unsqueeze(3) * sub_keys.shape[1] + j.unsqueeze(2)).flatten(2)
+    assert torch.equal(scores, wanted)
+    assert torch.equal(experts.long(), numbers.gather(2, at))
 
 
 @needs_kernel
 @pytest.mark.parametrize("k", [1, 3, 8])
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal", "stairs"])
-def test_product_key_topk_takes_in_what_beats_the_kth(order, k):
+def test_product_keys_take_in_what_beats_the_kth(order, k):
     """Scores in the worst and the best order, all equal, and equal in threes across tiles of 64."""
     m = 150
     n = torch.arange(float(m))
     column = dict(ascending=n, descending=-n, equal=0 * n, stairs=-(n % 50))[order]
-    topk_check(torch.ones(2, 1, 2, 1, device=DEVICE), column[:, None].expand(2, m, 1).to(DEVICE), k)
+    keys_check(torch.ones(2, 1, 2, 1, device=DEVICE), column[:, None].expand(2, m, 1).to(DEVICE), k)
 
 
 @kernel_or_twin
 @either_dtype
-def test_product_key_topk_equals_torch_topk(kernel, dtype):
+def test_product_keys_equal_brute_force(kernel, dtype):
+    """Against the scores of all m^2 experts."""
     if kernel and dtype == torch.bfloat16 and common.INTERPRETED:
         pytest.skip("Triton's interpreter multiplies the bit patterns of bfloat16")
     q = randn(4, 3, 2, 24, dtype=dtype)
-    sub_keys = randn(2, 150, 24, dtype=dtype)
-    scores, indices = product_key_topk(q, sub_keys, 8, kernel)
-    every = torch.einsum("nhpc,pmc->nhpm", q.double(), sub_keys.double())
-    wanted, order = every.topk(8)
+    sub_keys = randn(2, 70, 24, dtype=dtype)
+    scores, experts = product_key_experts(q, sub_keys, 8, kernel)
+    a, b = torch.einsum("nhpc,pmc->nhpm", q.double(), sub_keys.double()).unbind(2)
+    wanted, order = (a.unsqueeze(3) + b.unsqueeze(2)).flatten(2).topk(8)
     close(scores, wanted)
-    assert indices.dtype == torch.int32 and torch.equal(indices.long(), order)
+    assert experts.dtype == torch.int32 and torch.equal(experts.long(), order)
 
 
 @needs_kernel
-def test_product_key_topk_of_nan_gives_indices_in_range():
-    """A score that is NaN is never taken; ranks without a score are -inf at index 0."""
+def test_product_keys_of_nan_give_experts_in_range():
+    """A score that is NaN is never taken; ranks without a score are -inf at expert 0."""
     q = randn(2, 1, 2, 16)
     q[0] = float("nan")
     sub_keys = randn(2, 70, 16)
@@ -321,12 +327,36 @@ def test_product_key_topk_of_nan_gives_indices_in_range():
     holes = torch.full_like(sub_keys, float("nan"))
     holes[:, kept] = sub_keys[:, kept]
     for keys in (sub_keys, holes):
-        scores, indices = product_key_topk(q, keys, 4, kernel=True)
-        assert (scores[0] == float("-inf")).all() and not indices[0].any()
-    wanted, order = torch.einsum("hpc,pmc->hpm", q[1], sub_keys[:, kept]).sort(descending=True)
-    torch.testing.assert_close(scores[1, ..., :2], wanted)
-    assert torch.equal(indices[1, ..., :2].long(), kept[order])
-    assert (scores[1, ..., 2:] == float("-inf")).all() and not indices[1, ..., 2:].any()
+        scores, experts = product_key_experts(q, keys, 6, kernel=True)
+        assert (scores[0] == float("-inf")).all() and not experts[0].any()
+    # two sub-keys of each half are left, which make four experts
+    a, b = torch.einsum("hpc,pmc->hpm", q[1], sub_keys[:, kept]).unbind(1)
+    wanted, order = (a.unsqueeze(2) + b.unsqueeze(1)).flatten(1).sort(descending=True)
+    numbers = (kept[:, None] * 70 + kept).flatten()
+    torch.testing.assert_close(scores[1, :, :4], wanted)
+    assert torch.equal(experts[1, :, :4].long(), numbers[order])
+    assert (scores[1, :, 4:] == float("-inf")).all() and not experts[1, :, 4:].any()
+
+
+@needs_kernel
+@examples
+@given(N=st.integers(1, 5), h=st.integers(1, 2), m=st.integers(1, 9), c=st.integers(1, 5),
+       k=st.integers(1, 9), seed=st.integers(0, 99))
+def test_retrieval_in_one_launch_equals_retrieve(N, h, m, c, k, seed):
+    """Scores, experts and both gradients, against peer.retrieve in float64."""
+    k = min(k, m)
+    q, sub_keys = randn(N, h, 2, c, seed=seed), randn(2, m, c, seed=seed)
+    d_scores = randn(N, h, k, seed=seed)
+    leaves, leaves64 = [t.clone().requires_grad_() for t in (q, sub_keys)], exact(q, sub_keys)
+    scores, experts = RetrieveFused.apply(*leaves, k)
+    candidates = torch.stack(cartesian_candidates(k)).to(DEVICE)
+    wanted, chosen = retrieve(*leaves64, k, candidates, topk_readable)
+    close(scores, wanted)
+    assert torch.equal(experts, chosen)
+    scores.backward(d_scores)
+    wanted.backward(d_scores.double())
+    for ours, theirs in zip(leaves, leaves64):
+        close(ours.grad, theirs.grad)
 
 
 @kernel_or_twin
@@ -378,7 +408,7 @@ def test_cartesian_candidates_lose_no_value_of_the_top_k(k, values):
 
 def test_too_many_sub_keys_asked_for():
     with pytest.raises(ValueError, match="top-5 of 4 sub-keys"):
-        product_key_topk(randn(1, 1, 2, 8), randn(2, 4, 8), 5)
+        product_key_experts(randn(1, 1, 2, 8), randn(2, 4, 8), 5)
 
 
 # ---- tensors of more than 2^31 elements ----
@@ -537,21 +567,31 @@ def test_peer_table_past_2_31(run_program, parts):
     assert torch.equal(out[-1], torch.tensor([[78.0], [780.0]])[:parts].expand(parts, d))
 
 
-@pytest.mark.parametrize("N, h, c, k", [(2 ** 20 + 8, 8, 128, 2), (2 ** 23 + 8, 8, 2, 16)],
+@pytest.mark.parametrize("N, h, c, k", [(2 ** 20 + 8, 8, 128, 2), (2 ** 24 + 8, 8, 2, 16)],
                          ids=["queries", "results"])
-def test_product_key_topk_past_2_31(run_program, N, h, c, k):
-    """The last 8 tokens and the last half of the last head, in integers: any sum is exact."""
+def test_product_keys_past_2_31(run_program, N, h, c, k):
+    """The last 8 tokens of the last head, in integers: any sum is exact."""
     q = untouched(N, h, 2, c, dtype=torch.float32)
     q[-8:] = randn(8, h, 2, c).mul(9).round()
     sub_keys = randn(2, 40, c).mul(9).round()
-    scores = untouched(N, h, 2, k, dtype=torch.float32)
-    indices = untouched(N, h, 2, k, dtype=torch.int32)
-    run_program(product_keys._product_key_topk_kernel, (-(-N // 64) - 1, 2 * h - 1), q, sub_keys,
-                scores, indices, N, 2 * h, 40, c, k, *product_keys.topk_blocks(c, k))
-    every = q[-8:, -1, 1] @ sub_keys[1].T
-    wanted, order = every.sort(descending=True, stable=True)
-    assert torch.equal(scores[-8:, -1, 1], wanted[:, :k])
-    assert torch.equal(indices[-8:, -1, 1].long(), order[:, :k])
+    scores = untouched(N, h, k, dtype=torch.float32)
+    experts = untouched(N, h, k, dtype=torch.int32)
+    wanted, chosen = product_key_experts(q[-8:, -1:].clone(), sub_keys, k, kernel=True)
+    run_program(product_keys._product_keys_kernel, (-(-N // 64) - 1, h - 1), q, sub_keys, scores,
+                experts, N, h, 40, c, k, *product_keys.topk_blocks(c, k))
+    assert torch.equal(scores[-8:, -1:], wanted)
+    assert torch.equal(experts[-8:, -1:], chosen)
+
+
+@pytest.mark.parametrize("rows, width", [(BIG // 6 + 8, 8), (8, BIG // 6)], ids=["tall", "wide"])
+def test_split_past_2_31(run_program, rows, width):
+    """The last block of a gradient."""
+    t, out = untouched(rows, width, dtype=torch.float32), untouched(rows, 3, width)
+    last = (t.numel() - 1) // 1024
+    t.view(-1)[last * 1024:] = randn(t.numel() - last * 1024)
+    wanted = parts.split(t[-1:, -8:], True, kernel=True)[0]
+    run_program(parts._split_kernel, (last, 0), t, out, t.numel(), width, True, 1024)
+    assert torch.equal(out[-1, :, -8:], wanted)
 
 
 # ---- who runs what ----

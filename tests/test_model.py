@@ -370,13 +370,14 @@ def test_loss_chunks_give_the_same_loss_and_gradients(chunks):
 # ---- micro-steps
 
 MICRO = [(kind, {}) for kind in KINDS] + [("topk", more) for more in (
-    *({"ffn.balance": name} for name in LOSSES if name not in ("importance_load", "loss_free", "gshard")),
+    *({"ffn.balance": name} for name in LOSSES if name not in ("importance_load", "loss_free", "quantile", "gshard")),
     {"ffn.balance": "none"}, {"ffn.balance": "none", "ffn.z_loss": 1.0}, {"ffn.balance_loss": 0.0},
     {"ffn.balance": "deepseek", "ffn.n_groups": 2, "ffn.device_loss": 1.0, "ffn.comm_loss": 1.0},
     {"ffn.balance": "none", "ffn.capacity_factor": 0.5}, {"ffn.balance": "none", "ffn.eval_capacity_factor": 0.5},
     {"ffn.balance": "none", "model.dropout": 0.2})] + [
     ("switch", {"ffn.jitter": 0.0, "ffn.balance": "deepseek"}), ("switch", {"ffn.jitter": 0.0}),
     ("sigmoid", {"ffn.balance_loss": 1.0, "ffn.z_loss": 1.0}), ("gshard", {"ffn.balance": "none"}),
+    ("sigmoid", {"ffn.balance": "quantile", "ffn.balance_loss": 0.0}),
     ("peer", {"ffn.query_norm": "layernorm"}), ("pkm", {"ffn.query_norm": "none"})]
 
 

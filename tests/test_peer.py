@@ -120,8 +120,9 @@ def formula(layer, x):
     c, outputs = layer.config, []
     for token, q in zip(x, layer.queries(x)):
         y = torch.zeros_like(token)
-        for head in q:
-            a, b = (layer.sub_keys[p] @ head[p] for p in (0, 1))
+        for i, head in enumerate(q):
+            keys = layer.sub_keys[i] if c.keys_per_head else layer.sub_keys
+            a, b = (keys[p] @ head[p] for p in (0, 1))
             scores = (a[:, None] + b[None, :]).flatten()
             best = scores.topk(c.peer_top_k)
             gates = best.values.softmax(0) if c.peer_score == "softmax" else best.values.sigmoid()
@@ -135,7 +136,7 @@ def formula(layer, x):
 @either_kind
 @pytest.mark.parametrize("settings", [
     dict(), dict(peer_score="sigmoid"), dict(peer_top_k=6, query_norm="none"),
-    dict(query_norm="layernorm", peer_heads=1)], ids=str)
+    dict(query_norm="layernorm", peer_heads=1), dict(keys_per_head=True)], ids=str)
 def test_readable_equals_the_formula(kind, settings):
     layer = make(kind=kind, dtype=torch.float64, **settings).eval()
     x = randn(2, 4, 12, dtype=torch.float64)
@@ -180,7 +181,7 @@ def outputs_and_gradients(layer, x, dy):
     dict(), dict(peer_score="sigmoid", peer_activation="silu"),
     dict(query_norm="layernorm", peer_activation="relu"),
     dict(query_norm="none", peer_top_k=1, n_keys=2, peer_score="sigmoid"),
-    dict(kind="pkm")], ids=str)
+    dict(keys_per_head=True), dict(kind="pkm"), dict(kind="pkm", keys_per_head=True)], ids=str)
 def test_every_path_equals_float64_autograd(path, settings, monkeypatch):
     """Output, load and all gradients, in training, over slices of unequal length."""
     if path == "fused" and settings.get("kind") == "pkm":
@@ -206,6 +207,24 @@ def test_the_fused_path_compiles_as_one_graph():
     layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
     for name, value in outputs_and_gradients(layer, x, dy).items():
         assert (value - eager[name]).norm() <= 1e-4 * eager[name].norm() + 1e-9, name
+
+
+@either_kind
+def test_heads_with_equal_keys_of_their_own_are_heads_that_share_them(kind):
+    """Each head's keys get its own part of the shared ones' gradient; they are counted, and cost no FLOPs."""
+    shared, own = make(kind=kind, peer_path="lean"), make(kind=kind, peer_path="lean", keys_per_head=True)
+    own.load_state_dict(shared.state_dict() | {"sub_keys": shared.sub_keys.detach().expand(3, -1, -1, -1)})
+    a, b = (outputs_and_gradients(layer, randn(2, 7, 12), randn(2, 7, 12, seed=1)) for layer in (shared, own))
+    assert b["sub_keys"].flatten(1).any(1).all() and "each head its sub-keys" in own.describe(torch.float32)
+    b["sub_keys"] = b["sub_keys"].sum(0)
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-6)
+    assert own.sub_keys.numel() == 3 * shared.sub_keys.numel() == 3 * 2 * 6 * 5
+    assert own.flops_per_token() == shared.flops_per_token() and own.inactive_params() == shared.inactive_params()
+    # drawn: each head's differ
+    drawn = make(kind=kind, keys_per_head=True).sub_keys
+    assert not torch.equal(drawn[0], drawn[1])
+    torch.testing.assert_close(drawn.square().sum(-1), torch.full((3, 2, 6), 0.5))
 
 
 def test_routing_learns_from_the_output():
