@@ -1,9 +1,10 @@
 """Speed and memory beside the naive twins and the physical floor: `python -m lab.bench
-moe|model|peer`.
+moe|model|peer|mamba`.
 
     moe     one mixture-of-experts layer by every dispatch path, beside the dense one of equal FLOPs
     model   a training step of whole models of equal active FLOPs (this file)
     peer    a PEER layer: its experts by every path, its retrieval, and the whole
+    mamba   the selective scan, and a training step of configs/jamba.toml beside its twins
 
 What each number means is in lab/timing/measure.py; what is compared stands above each bench's
 tables.
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lab.timing.mamba import SCAN_SHAPES, bench_scans
 from lab.timing.measure import (INPUTS, Contestant, Table, ceiling_rows, find_machine,
                                 machine_name, measure, print_table, skipped_row)
 from lab.timing.moe import MOE_SHAPES, bench_moe
@@ -89,14 +91,14 @@ def training_step(machine, config, dtype):
     return Contestant(step, flops, machine.compute_ms(flops, dtype))
 
 
-def bench_steps(machine, shape, configs, dtype):
+def bench_steps(machine, shape, configs, dtype, bench="model"):
     """Rows of one table: ms of a training step; peak memory beyond parameters and AdamW's
     moments."""
-    m, t = configs["dense"].model, configs["dense"].train
+    m, t = (getattr(next(iter(configs.values())), part) for part in ("model", "train"))
     tokens = 1e3 * t.batch_size * m.block_size
     speed = "tokens/s", lambda row: f"{tokens / row['ms']:,.0f}" if row["ms"] else "-"
     steps = {name: training_step(machine, config, dtype) for name, config in configs.items()}
-    return print_table(measure(machine, "model", shape, dtype, "fwd+bwd", steps), speed)
+    return print_table(measure(machine, bench, shape, dtype, "fwd+bwd", steps), speed)
 
 
 def bench_model(machine, sets):
@@ -113,6 +115,21 @@ def bench_model(machine, sets):
     return tables
 
 
+# ---- mamba: the scan, and the model of Jamba ----
+
+JAMBA = {"attention": {"model.mixer": "attention"}, "hybrid": {},
+         "mamba": {"model.attention_every": 0}}
+
+
+def bench_mamba(machine, shapes):
+    """The Tables of the bench; on CUDA compiled, as every training step here."""
+    configs = {name: model_config(CONFIGS / "jamba.toml", **own) for name, own in JAMBA.items()}
+    dtype = torch.float32 if machine.device == "cpu" else torch.bfloat16
+    shape = "jamba.toml, all attention and all Mamba beside it"
+    return [*bench_scans(machine, shapes), Table(
+        shape, dtype, partial(bench_steps, machine, shape, configs, dtype, "mamba"))]
+
+
 # ---- the program ----
 
 ROUNDS = {("cpu", "quick"): (1, 3), ("cpu", "full"): (2, 9),                   # warm-up, counted
@@ -126,8 +143,8 @@ LAST_TABLE, LAST_CALL = 60, 20
 def build_parser():
     parser = Parser(prog="python -m lab.bench", allow_abbrev=False,
                     description=__doc__.split("\n")[0])
-    parser.add_argument("bench", choices=["moe", "model", "peer"],
-                        help="one MoE layer, whole models, or a PEER layer")
+    parser.add_argument("bench", choices=["moe", "model", "peer", "mamba"],
+                        help="one MoE layer, whole models, a PEER layer, or the scan of Mamba")
     parser.add_argument("--device", choices=["cpu", "cuda"],
                         default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where to run (default: cuda if there is one, else cpu)")
@@ -158,8 +175,10 @@ def run(options):
         tables = bench_moe(machine, MOE_SHAPES[device][:n])
     elif options.bench == "model":
         tables = bench_model(machine, dict(list(model_sets(device).items())[:n]))
-    else:
+    elif options.bench == "peer":
         tables = bench_peer(machine, PEER_SHAPES[device][:n])
+    else:
+        tables = bench_mamba(machine, SCAN_SHAPES[device][:n])
     yield ceiling_rows(options.bench, machine)
     for i, table in enumerate(tables):
         gone = time.perf_counter() - start

@@ -8,6 +8,7 @@ settings, is not run again, and a call that was stopped or killed goes on where 
 go to results/NAME/SIZE:
 
     runs.csv        a row per arm and seed
+    tuning.csv      the same of the runs that chose settings, where there are any
     curves.csv      the runs' losses over training, thinned
     routing.csv     which corpus went to which expert, where there are few experts
     figure.png, verdict.md
@@ -23,7 +24,8 @@ from lab.drawing.logs import CURVE
 from lab.papers.arms import expand, shown, with_ancestors
 from lab.papers.expressions import Table, derive
 from lab.papers.figure import check_panels, experiment_figure
-from lab.papers.jobs import is_done, is_trained, lacks_speed, read_record
+from lab.papers import tuning
+from lab.papers.jobs import is_done, is_meant, is_trained, lacks_speed, read_record
 from lab.papers.page import verdict_page
 from lab.papers.runner import Runner, cores, prepare_corpora
 from lab.papers.spec import SIZES, read_experiment
@@ -38,7 +40,7 @@ MEASURED = ["val_loss", "val_bpb", "active_params", "total_params", "flops_per_t
             "tokens_total", "tokens_per_second", "peak_mib", "max_expert_share", "min_expert_share",
             "dropped", "experts_used", "unevenness", "entropy", "specialisation", "diagonal",
             "train_loss", "train_dropped", "train_max_expert_share"]
-LAST = ["seconds", "commit", "device", "threads", "torch", "key"]
+LAST = ["seconds", "commit", "device", "threads", "torch", "python", "corpus", "key"]
 
 
 class Experiment:
@@ -47,32 +49,43 @@ class Experiment:
     def __init__(self, path, size, seeds=None, out=None):
         self.path, self.size = path, size
         self.spec = read_experiment(path)
-        # Claims and panels may name arms of any size, so that both sizes are expanded.
-        every = {s: expand(self.spec, path, s, range(seeds) if seeds else None) for s in SIZES}
-        self.arms = every[size]
-        names = {arm.name for arms in every.values() for arm in arms}
+        self.out = Path(out or Path("results") / Path(path).stem) / size
+        self.wanted = range(seeds) if seeds else None
+        # The runs that choose settings, and the arms with what those have chosen so far.
+        self.tried = tuning.candidates(self.spec, path, size)
+        self.arms = self.chosen_arms()
+        # Claims and panels may name arms of any size, so that all sizes are expanded.
+        names = {arm.name for s in SIZES for arm in expand(self.spec, path, s, self.wanted)}
         self.claims = read_claims(self.spec, names, path)
         check_panels(self.spec, names, path)
         if not self.arms:
             raise ConfigError(f"{path}: has no arm at size {size}")
         self.seeds = sorted({arm.seed for arm in self.arms})
-        self.out = Path(out or Path("results") / Path(path).stem) / size
         self.failed = {}
 
-    def recorded(self, arms):
-        """Those of the arms that have a row in runs.csv, measured with the settings of today. An
-        arm whose run folder holds the training but another evaluation, say on other corpora, is not
-        among them."""
-        keys = {(row["arm"], row["seed"]): row["key"] for row in read_table(self.out / "runs.csv")}
-        known = [arm for arm in arms if keys.get((arm.name, arm.seed)) == arm.key]
+    def chosen_arms(self):
+        """The arms, those that are tuned with what the rows of their candidates choose."""
+        chosen = tuning.choose(self.tried, self.tuning_rows())
+        return expand(self.spec, self.path, self.size, self.wanted, chosen=chosen)
+
+    def recorded(self, arms, table="runs.csv"):
+        """Those of the arms that have a row in a table, measured with the settings and on the text
+        of today. An arm whose run folder holds the training but another evaluation, say on other
+        corpora, is not among them."""
+        old = self.rows_of(table)
+        known = [arm for arm in arms if is_meant(arm, old.get((arm.name, arm.seed), {}))]
         records = {arm.label: read_record(arm) for arm in known}
         return [arm for arm in known
                 if is_done(arm, records[arm.label]) or not is_trained(arm, records[arm.label])]
 
-    def missing(self, arms):
-        """Those of the arms that must run: neither their run folder nor runs.csv has their result,
+    def rows_of(self, table):
+        """{(arm, seed): row} of a table of the results."""
+        return {(row["arm"], row["seed"]): row for row in read_table(self.out / table)}
+
+    def missing(self, arms, table="runs.csv"):
+        """Those of the arms that must run: neither their run folder nor the table has their result,
         or such an arm comes from them and their run folder does not have their weights."""
-        recorded = {arm.label for arm in self.recorded(arms)}
+        recorded = {arm.label for arm in self.recorded(arms, table)}
         needed, found = set(), []
         for arm in reversed(arms):                      # children come after their parents
             if is_done(arm, read_record(arm)) or arm.label in recorded - needed:
@@ -85,16 +98,37 @@ class Experiment:
         """Of how many seeds the speed is measured."""
         return int(self.spec.get("speed", 0))
 
-    def nothing_to_run(self, arms):
+    def nothing_to_run(self, arms, tried):
         """Whether the results hold all that a call could add to them."""
         return (len(self.recorded(arms)) == len(arms) and not lacks_speed(arms, self.speed_seeds())
+                and len(self.recorded(tried, tuning.TABLE)) == len(tried)
                 and (self.out / "verdict.md").exists())
+
+    def tuning_rows(self):
+        """The rows of the candidates that have run: from their run folders, else from the table."""
+        old, rows = self.rows_of(tuning.TABLE), []
+        for arm in self.tried:
+            record, row = read_record(arm), old.get((arm.name, arm.seed), {})
+            if is_done(arm, record):
+                rows.append(self.row(arm, record))
+            elif is_meant(arm, row):
+                rows.append(row)
+        return rows
+
+    def collect_tuning(self):
+        """Writes tuning.csv."""
+        rows = self.tuning_rows()
+        write_table(self.out / tuning.TABLE, rows, self.columns(rows, self.tried))
+
+    def tuning_lines(self):
+        """What verdict.md says of the learning rates, lines of markdown."""
+        return tuning.tuning_lines(self.arms, self.tried, self.tuning_rows())
 
     def collect(self):
         """Writes runs.csv, curves.csv and routing.csv: the rows of finished runs; of the others the
         rows that the files already hold, if they were measured with the same settings."""
         # What the files hold already, by arm and seed.
-        old = {(row["arm"], row["seed"]): row for row in read_table(self.out / "runs.csv")}
+        old = self.rows_of("runs.csv")
         kept = {"curves": {}, "routing": {}}
         for name, groups in kept.items():
             for row in read_table(self.out / f"{name}.csv"):
@@ -110,7 +144,7 @@ class Experiment:
                 paths += [who | dict(layer=layer, corpus=corpus, expert=e, share=share)
                           for layer, corpus, shares in record["row"].get("routing", ())
                           for e, share in enumerate(shares)]
-            elif old.get(place, {}).get("key") == arm.key:
+            elif is_meant(arm, old.get(place, {})):
                 rows.append(old[place])
                 curves += kept["curves"].get(place, [])
                 paths += kept["routing"].get(place, [])
@@ -118,7 +152,7 @@ class Experiment:
         for row in rows:
             row["tokens_total"] = self.tokens_total(row, rows)
         derive(self.spec.get("metrics", {}), rows, curves, self.path)
-        write_table(self.out / "runs.csv", rows, self.columns(rows))
+        write_table(self.out / "runs.csv", rows, self.columns(rows, self.arms))
         write_table(self.out / "curves.csv", curves, ["arm", "seed", *CURVE])
         if paths:
             write_table(self.out / "routing.csv", paths, list(paths[0]))
@@ -132,7 +166,7 @@ class Experiment:
         who = dict(arm=arm.name, seed=arm.seed, size=self.size) | arm.columns
         return who | measured | record.get("speed", {}) | dict(
             seconds=record["seconds"], commit=record["commit"], threads=record.get("threads"),
-            key=arm.key)
+            python=record.get("python"), corpus=record.get("corpus"), key=arm.key)
 
     def tokens_total(self, row, rows):
         """Training tokens of an arm and of all that it comes from, each once; None if one is
@@ -147,10 +181,10 @@ class Experiment:
             more += one.parents
         return None if None in family.values() else sum(family.values())
 
-    def columns(self, rows):
-        """Columns of runs.csv: who, the grid, what is always measured, the rest, where it was
+    def columns(self, rows, arms):
+        """Columns of a table: who, the grid, what is always measured, the rest, where it was
         measured."""
-        first = ["arm", "seed", "size", *dict.fromkeys(c for arm in self.arms for c in arm.columns)]
+        first = ["arm", "seed", "size", *dict.fromkeys(c for arm in arms for c in arm.columns)]
         found = list(dict.fromkeys(c for row in rows for c in row))
         corpora = [c for c in found if c.startswith("val_loss_")]
         rest = [c for c in found if c not in {*first, *MEASURED, *corpora, *LAST}]
@@ -186,45 +220,74 @@ class Experiment:
 
 def list_arms(experiment):
     """Prints every arm's commands, and whether it is done."""
-    todo = {arm.label for arm in experiment.missing(experiment.arms)}
-    for arm in experiment.arms:
+    todo = experiment.missing(experiment.tried, tuning.TABLE)
+    todo = {arm.label for arm in todo + experiment.missing(experiment.arms)}
+    for arm in experiment.tried + experiment.arms:
+        if arm.waits:
+            print(f"# {arm.label}: to do, when its tuning has chosen its settings")
+            continue
         state = "to do" if arm.label in todo else "done"
         print(f"# {arm.label}: {state}")
         print(shown(arm.arguments()))
         print(shown(arm.evaluate_arguments()))
 
 
-def run(experiment, options):
-    """Runs what is missing; returns the exit status."""
+def asked_for(experiment, options):
+    """(arms, candidates that choose their settings) of --only."""
     arms = experiment.arms
     if options.only:
         arms = with_ancestors(arms, options.only, experiment.path)
-    if experiment.nothing_to_run(arms):
+    names = {arm.name for arm in arms}
+    return arms, [arm for arm in experiment.tried if arm.chooses[0] in names]
+
+
+def run_arms(experiment, arms, table, jobs, quiet):
+    """Runs those of the arms whose result is missing, each collected as it ends; the Runner, at the
+    end of its work."""
+    # Once more after the corpora: a text that was just prepared may be another than that of a row.
+    for _ in range(2):
+        todo = experiment.missing(arms, table)
+        prepare_corpora(todo, quiet)
+    todo = experiment.missing(arms, table)
+    for arm in todo:
+        arm.folder.mkdir(parents=True, exist_ok=True)
+    choosing = table == tuning.TABLE
+    collect = experiment.collect_tuning if choosing else experiment.collect
+    with Runner(arms, todo, jobs, collect, quiet) as runner:
+        if runner.run() and not choosing:
+            runner.measure_speed(experiment.speed_seeds())
+    collect()
+    return runner
+
+
+def run(experiment, options):
+    """Runs what is missing; returns the exit status."""
+    arms, tried = asked_for(experiment, options)
+    if experiment.nothing_to_run(arms, tried):
         if not options.quiet:
             print(f"nothing to run: {experiment.out}/verdict.md")
         return 0
     default = cores() if options.size == "cpu" else 1
     jobs = options.jobs or experiment.spec.get(options.size, {}).get("jobs") or default
     with checkpoint.Lock(arms[0].folder.parent):
-        # Folders and corpora for the arms that must run; then the arms, each collected as it ends.
-        todo = experiment.missing(arms)
-        for arm in todo:
-            arm.folder.mkdir(parents=True, exist_ok=True)
-        prepare_corpora(todo, options.quiet)
-        with Runner(arms, todo, jobs, experiment.collect, options.quiet) as runner:
-            complete = runner.run()
-            if complete:
-                complete = runner.measure_speed(experiment.speed_seeds())
-        experiment.failed = runner.failed
-        experiment.collect()
-    if runner.stopped:
-        print(f"stopped by {runner.stopped}; the same command goes on", file=sys.stderr)
+        runners = []
+        # First what chooses settings. An arm of which a candidate failed waits on.
+        if tried:
+            runners.append(run_arms(experiment, tried, tuning.TABLE, jobs, options.quiet))
+            experiment.arms = experiment.chosen_arms()
+            arms = [arm for arm in asked_for(experiment, options)[0] if not arm.waits]
+        if not any(runner.stopped for runner in runners):
+            runners.append(run_arms(experiment, arms, "runs.csv", jobs, options.quiet))
+    for runner in runners:
+        experiment.failed |= runner.failed
+    if stopped := runners[-1].stopped:
+        print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
         return 1
     if read_table(experiment.out / "runs.csv"):
         experiment.draw()
         if not options.quiet:
             print(f"{experiment.out}/verdict.md")
-    return 0 if complete else 1
+    return 1 if experiment.failed else 0
 
 
 def build_parser():

@@ -26,6 +26,8 @@ def small_config(name):
     small = {key: value for key, value in SMALL.items() if key in given.sources or key.startswith("model.")}
     if given.ffn.moe_layers:
         small["ffn.moe_layers"] = [1]
+    if given.model.attention_every:
+        small["model.attention_every"] = 2
     if given.ffn.d_expert:
         small["ffn.d_expert"] = 16
     return load_config(ROOT / "configs" / f"{name}.toml", small)

@@ -12,10 +12,17 @@ import model
 import train
 
 ROOT = Path(__file__).parent.parent
-COURSE = ["train", "sample", "model", "ffn", "moe", "routers", "balance", "peer", "settings", "minimal"]
+COURSE = ["train", "sample", "model", "ffn", "moe", "routers", "balance", "peer", "mamba", "settings",
+          "minimal"]
 # A room may import rooms of a lower floor, and files of its own.
-FLOOR = dict(lab=8, train=7, grow=6, sample=5, model=4, moe=3, peer=3, ffn=2, balance=2, routers=1, runtime=1,
+FLOOR = dict(lab=8, train=7, grow=6, sample=5, model=4, moe=3, peer=3, mamba=3, ffn=2, balance=2, routers=1, runtime=1,
              data=0.5, settings=0, kernels=0, minimal=0)
+# Two files of grow/ train several models with train.Trainer; the room below does not know them.
+FLOOR |= {"grow.outer": 7.5, "grow.workers": 7.5}
+
+
+def floor(name):
+    return FLOOR.get(name, FLOOR[name.split(".")[0]])
 
 
 def modules():
@@ -43,7 +50,7 @@ def graph():
 def test_arrows_point_downward():
     upward = [f"{a} imports {b}" for a, targets in graph().items() for b in targets
               if a.split(".")[0] != b.split(".")[0]
-              and FLOOR[b.split(".")[0]] >= FLOOR[a.split(".")[0]]]
+              and floor(b) >= floor(a)]
     assert upward == []
 
 
@@ -67,20 +74,20 @@ def test_minimal_and_kernels_stand_alone():
     assert not any(b.startswith("lab") for a, targets in graph().items() if not a.startswith("lab") for b in targets)
 
 
-def test_the_top_level_is_ten_files_that_fit_into_a_sitting():
+def test_the_top_level_is_eleven_files_that_fit_into_a_sitting():
     files = sorted(ROOT.glob("*.py"))
     assert sorted(p.stem for p in files) == sorted(COURSE)
     lines = {p.name: len(p.read_text("utf-8").splitlines()) for p in files}
-    assert sum(lines.values()) <= 2700, lines
+    assert sum(lines.values()) <= 3000, lines
     assert lines["minimal.py"] <= 200
 
 
-def test_the_model_alone_is_eight_files():
+def test_the_model_alone_is_nine_files():
     code = ("import sys, os; import model; root = os.path.dirname(model.__file__)\n"
             "print(*(m.__file__ for m in list(sys.modules.values()) if (getattr(m, '__file__', None) or '').startswith(root)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     files = [path for path in done.stdout.split() if Path(path).stat().st_size]         # not an empty __init__
-    assert len(files) <= 8, files
+    assert len(files) <= 9, files
 
 
 def test_the_first_product_is_seven_frames_away(tmp_path, monkeypatch, corpora):

@@ -2,8 +2,11 @@
 
 An arm and a seed are one command and one run folder. Without `from` it is trained from scratch;
 with `from` it is trained on from its first parent (train.init_from), which gives [model] and [ffn];
-with `make` it is built from its parents by a program, and only evaluated. A grid makes one arm for
-each combination of its values. `seeds` is how many an arm has, where that is not the file's number.
+with `make` it is built from its parents by a program, and only evaluated. `program` trains it in
+the place of train.py, whose options it takes ("-m grow.outer --workers 4"). A grid makes one arm
+for each combination of its values. `seeds` is how many an arm has, where that is not the file's
+number.
+`tune` is the arm's small grid of settings, the best of which is taken (lab/papers/tuning.py).
 Settings are taken in this order: config file, [common], [SIZE], arm, arm's SIZE, grid.
 """
 import hashlib
@@ -19,7 +22,7 @@ from lab.papers.spec import SIZES, fill, fits, flatten, plain, settings_of
 from model import load_config, resolve
 from runtime.checkpoint import RETRAINABLE
 from runtime.config import nearest, parse_toml
-from settings import Config, ConfigError, show
+from settings import Config, ConfigError, DataConfig, show
 
 ROOT = Path(__file__).parents[2]
 # of a run that goes on from another's weights: nothing but defaults
@@ -39,11 +42,17 @@ class Arm:
     # what runs.csv says of it: grid values, extra columns
     columns: dict = field(default_factory=dict)
     make: str = ""                      # command line without "python"; empty: train.py
+    program: str = ""                   # what trains it; empty: train.py
     config: str = ""                    # settings file of a trained arm
     settings: dict = field(default_factory=dict)        # dotted key -> text, as on the command line
     steps: int = 0                      # optimizer steps, 0 if it is only built
     resolved: dict = field(default_factory=dict)        # its settings that are not the defaults
     evaluation: dict = field(default_factory=dict)      # corpora and probes
+    data: DataConfig = None             # what a trained arm reads
+    lr: float = 0.0                     # of a trained arm
+    tuned: bool = False                 # some settings are the best of a grid (lab/papers/tuning.py)
+    waits: bool = False                 # for the runs that choose them
+    chooses: tuple = ()                 # of such a run: the tuned arm's name, the settings that it tries
 
     @property
     def label(self):
@@ -55,15 +64,23 @@ class Arm:
         made = self.make.replace(str(self.folder), "OUT")
         for module, word in KEYED.items():
             made = made.replace(module, word)
-        what = [self.resolved, made, [p.key for p in self.parents]]
+        what = [self.resolved, made + self.program, [p.key for p in self.parents]]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
 
     def arguments(self):
         """The program and its arguments, paths from the repository's root."""
         if self.make:
             return shlex.split(self.make)
-        return ["train.py", self.config, "--out", str(self.folder), "--quiet",
+        return [*self.trainer(), self.config, "--out", str(self.folder), "--quiet",
                 *(f"--{key}={text}" for key, text in self.settings.items())]
+
+    def trainer(self):
+        """The program that trains it, and the options of that program alone."""
+        return shlex.split(self.program or "train.py")
+
+    def resume_arguments(self):
+        """The same of a run that was interrupted."""
+        return [*self.trainer(), "--out", str(self.folder), "--resume", "--quiet"]
 
     def evaluate_arguments(self):
         """The same of the evaluation that follows."""
@@ -106,27 +123,21 @@ class Draft(NamedTuple):
     settings: dict                      # its own ones, dotted
     values: dict                        # grid key without its section -> value, for {placeholders}
     parents: list                       # names
+    tune: dict                          # dotted key -> values to choose from; empty: not tuned
 
 
-def expand(spec, path, size, seeds=None, runs="runs"):
+def expand(spec, path, size, seeds=None, runs="runs", chosen=None):
     """The arms of one size, seed after seed, parents before children. seeds: those of every arm;
-    None: as many as an arm asks for, or the file.
+    None: as many as an arm asks for, or the file. chosen: {name: settings} of the arms that are
+    tuned; such an arm without them waits.
 
     Raises ConfigError: settings that do not exist or do not fit, a parent that does not exist or
     has fewer seeds, a cycle.
     """
-    # What the file says of each arm, the seeds apart.
-    drafts = {}
-    for pattern, table in spec["arms"].items():
-        for name, draft in draft_arms(pattern, table, path, size):
-            if name in drafts:
-                raise ConfigError(f"{path}: two arms are called {name}; put every grid key into "
-                                  "the name")
-            drafts[name] = draft
-    drafts = share_columns(drafts)
+    drafts = drafts_of(spec, path, size)
     ordered = in_order({name: draft.parents for name, draft in drafts.items()}, path)
     # An arm for each seed.
-    folder, arms = Path(runs) / spec.get("runs", Path(path).stem) / size, {}
+    folder, arms, chosen = runs_folder(spec, path, size, runs), {}, chosen or {}
     wanted = {name: seeds or range(draft.words.get("seeds", spec.get("seeds", 3)))
               for name, draft in drafts.items()}
     every = sorted({seed for own in wanted.values() for seed in own})
@@ -138,10 +149,39 @@ def expand(spec, path, size, seeds=None, runs="runs"):
                 raise ConfigError(f"{path}: arm {name} has a seed {seed} and comes from {parent}, "
                                   f"which has {len(wanted[parent])}; give it as many `seeds`")
         parents = [arms[parent, seed] for parent in drafts[name].parents]
-        arms[name, seed] = build_arm(spec, path, size,
-                                     Arm(name, seed, folder / f"{name}-{seed}", parents),
-                                     drafts[name])
+        arm = Arm(name, seed, folder / f"{name}-{seed}", parents)
+        arm.tuned = bool(drafts[name].tune)
+        arm.waits = arm.tuned and name not in chosen or any(parent.waits for parent in parents)
+        draft = with_settings(drafts[name], chosen.get(name, {}))
+        arms[name, seed] = build_arm(spec, path, size, arm, draft)
     return list(arms.values())
+
+
+def runs_folder(spec, path, size, runs="runs"):
+    """Where the run folders of an experiment lie."""
+    return Path(runs) / spec.get("runs", Path(path).stem) / size
+
+
+def drafts_of(spec, path, size):
+    """{name: Draft}: what the file says of each arm, the seeds apart. Raises ConfigError."""
+    drafts = {}
+    for pattern, table in spec["arms"].items():
+        for name, draft in draft_arms(pattern, table, path, size, tuned(spec, size)):
+            if name in drafts:
+                raise ConfigError(f"{path}: two arms are called {name}; put every grid key into "
+                                  "the name")
+            drafts[name] = draft
+    return share_columns(drafts)
+
+
+def tuned(spec, size):
+    """The table `tune` of the arms that have none of their own: the size's, else the file's."""
+    return spec.get(size, {}).get("tune", spec.get("tune", {}))
+
+
+def with_settings(draft, settings):
+    """A Draft with more settings, {dotted key: value}."""
+    return draft._replace(settings=draft.settings | settings)
 
 
 def share_columns(drafts):
@@ -156,16 +196,23 @@ def share_columns(drafts):
             for name, draft in drafts.items()}
 
 
-def draft_arms(pattern, table, path, size):
-    """(name, Draft) for each combination of an arm's grid."""
+def draft_arms(pattern, table, path, size, tune):
+    """(name, Draft) for each combination of an arm's grid. tune: of arms that say nothing of it."""
     words, where = table | table.get(size, {}), f"{path}: [arms.{pattern}]"
     settings = settings_of(table) | settings_of(table.get(size, {}))
     grid = flatten(words.get("grid", {}))
+    # What is built and not trained, or goes on from another, takes the file's `tune` for no one.
+    free = "make" not in words and "from" not in words
+    tune = flatten(words.get("tune", tune if free else {}))
     if size not in words.get("sizes", SIZES):
         return
-    for key, choices in grid.items():
-        if not isinstance(choices, list):
-            raise ConfigError(f"{where}: grid: {key} = {show(choices)} is not a list of values")
+    if tune and not free:
+        raise ConfigError(f"{where}: tune: only an arm that is trained from scratch can be tuned")
+    for word, table in dict(grid=grid, tune=tune).items():
+        for key, choices in table.items():
+            if not isinstance(choices, list) or word == "tune" and not (choices and "." in key):
+                raise ConfigError(f"{where}: {word}: {key} = {show(choices)} is not a list of "
+                                  "values" + (" of a setting" if word == "tune" else ""))
     # One draft for each combination. A dotted key of the grid is a setting, any other a word to
     # fill in.
     for chosen in itertools.product(*grid.values()):
@@ -176,7 +223,7 @@ def draft_arms(pattern, table, path, size):
             parents = [parents]
         parents = [fill(parent, values, where) for parent in parents]
         own = settings | {key: value for key, value in chosen.items() if "." in key}
-        yield fill(pattern, values, where), Draft(words, own, values, parents)
+        yield fill(pattern, values, where), Draft(words, own, values, parents, tune)
 
 
 def in_order(parents, path):
@@ -215,6 +262,7 @@ def build_arm(spec, path, size, arm, draft):
         arm.make = fill(draft.words["make"], values, where)
         return arm
     # Trained: what all arms have, then the seed, the file's common settings, its own.
+    arm.program = fill(draft.words.get("program", ""), values, where)
     arm.config, common = common_settings(spec, size, arm, draft, where)
     fixed = {"train.seed": arm.seed, "data.seed": arm.seed, "train.keep": "last",
              "train.sample_tokens": 0}
@@ -225,6 +273,7 @@ def build_arm(spec, path, size, arm, draft):
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
     arm.steps, arm.resolved = config.train.max_steps, unusual(config)
+    arm.data, arm.lr = config.data, config.train.lr
     return arm
 
 

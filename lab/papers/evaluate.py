@@ -172,14 +172,17 @@ def routing(loads, corpora):
 
 def end_of_training(log):
     """Means over the last rows of a log: the loss over 5 % of them, drops and busiest expert over
-    20 %."""
+    20 %; and what the workers of grow.outer had at the end: their loss, the bytes that one sent."""
     row = {}
     if log.exists():
-        columns = read_columns(log, ("loss", "dropped", "max_expert_share"))
+        last = ("worker_loss", "bytes_sent")
+        columns = read_columns(log, ("loss", "dropped", "max_expert_share", *last))
         for name, part in (("loss", 0.05), ("dropped", 0.2), ("max_expert_share", 0.2)):
             values = columns[name][~np.isnan(columns[name])]
             if len(values):
                 row[f"train_{name}"] = float(values[-max(1, int(part * len(values))):].mean())
+        row |= {name: float(columns[name][-1]) for name in last
+                if len(columns[name]) and not np.isnan(columns[name][-1])}
     return row
 
 

@@ -4,12 +4,14 @@
     mean(val_loss[a], val_loss[b])            also min, max, abs, log; val_loss[peer-*] is several
     reach(switch, dense)                      the share of the steps of `switch` after which its
                                               curve is at or below the final val_loss of `dense`
+    val_loss[a] < val_loss[b] + margin        margin: 0.01 nats, the one margin of all claims
     held_out < 0.3 * held_out_without         names alone, of a fitted law (lab/papers/verdict.py)
 
 The text is parsed by Python's own parser and only these parts of its tree are accepted: nothing in
 it is run.
 """
 import ast
+import copy
 import math
 import operator
 import re
@@ -22,6 +24,9 @@ CELL = re.compile(r"([A-Za-z_]\w*(?:-\w+)*)\[([^\[\]]+)\]|reach\(([^(),]+),([^()
 SIGNS = {ast.Lt: "<", ast.LtE: "<", ast.Gt: ">", ast.GtE: ">", ast.Eq: "=="}
 BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
           ast.Div: operator.truediv}
+# Losses that lie closer together than this, in nats per token, count as equal. One number for the
+# whole repository, so that no claim has a margin of its own.
+MARGIN = 0.01
 CALLS = {"mean": lambda *v: sum(v) / len(v), "min": min, "max": max, "abs": abs, "log": math.log}
 PARTS = (ast.Compare, ast.BinOp, ast.UnaryOp, ast.USub, ast.Load, *BINARY, *SIGNS)
 
@@ -47,9 +52,11 @@ def parse_cells(text, where):
     for node in ast.walk(tree):
         if not is_allowed(node):
             raise ConfigError(f"{where}: {text}: {ast.unparse(node)} is neither column[arm], a "
-                              f"number, + - * / nor one of {', '.join(CALLS)}, reach")
+                              f"number, + - * / nor one of {', '.join(CALLS)}, reach, "
+                              "margin")
         names = [child.id for child in ast.iter_child_nodes(node) if isinstance(child, ast.Name)]
-        several = [name for name in names if name not in CALLS and "*" in cells[int(name[1:])][1]]
+        several = [name for name in names
+                   if name not in CALLS and name != "margin" and "*" in cells[int(name[1:])][1]]
         if several and not isinstance(node, ast.Call):
             raise ConfigError(f"{where}: {text}: a * stands for several arms; put it into mean, "
                               "min or max")
@@ -87,7 +94,7 @@ def is_allowed(node):
     if isinstance(node, ast.Constant):
         return type(node.value) in (int, float)
     if isinstance(node, ast.Name):
-        return node.id in CALLS or re.fullmatch(r"_\d+", node.id) is not None
+        return node.id in (*CALLS, "margin") or re.fullmatch(r"_\d+", node.id) is not None
     return isinstance(node, PARTS)
 
 
@@ -129,7 +136,15 @@ class Table:
 
     def value(self, node, cells, seed):
         """An expression for one seed. Raises Missing, ZeroDivisionError, ValueError."""
-        return value(node, lambda name: self.cell(cells[int(name[1:])], seed))
+        def look_up(name):
+            return MARGIN if name == "margin" else self.cell(cells[int(name[1:])], seed)
+        return value(node, look_up)
+
+    def first(self, n):
+        """The table of the first n seeds alone."""
+        shorter = copy.copy(self)
+        shorter.seeds = self.seeds[:n]
+        return shorter
 
     def cell(self, cell, seed):
         if cell[0] == "reach":

@@ -12,6 +12,7 @@ import time
 
 from lab.drawing.logs import thin
 from lab.papers.arms import ROOT, executable
+from lab.papers.provenance import is_of_another_text, origin
 from runtime import checkpoint
 
 
@@ -25,8 +26,14 @@ def read_record(arm):
 
 def is_trained(arm, record):
     """Whether its folder holds what is asked for, be it evaluated or not."""
-    return record.get("key") == arm.key and record.get("trained", False) and (
+    return is_meant(arm, record) and record.get("trained", False) and (
         checkpoint.has_run(arm.folder) or record.get("self_evaluated", False))
+
+
+def is_meant(arm, record):
+    """Whether an arm.json, or a row of runs.csv, is about what this arm asks for today: the same
+    settings on the same text."""
+    return record.get("key") == arm.key and not is_of_another_text(arm, record.get("corpus"))
 
 
 def is_done(arm, record):
@@ -37,18 +44,21 @@ def is_done(arm, record):
 def lacks_speed(arms, seeds):
     """The trained arms of the first `seeds` seeds whose finished run has no speed yet."""
     first = list(dict.fromkeys(arm.seed for arm in arms))[:seeds]
-    records = [(arm, read_record(arm)) for arm in arms if arm.seed in first and not arm.make]
+    records = [(arm, read_record(arm)) for arm in arms
+               if arm.seed in first and not (arm.make or arm.program)]
     return [arm for arm, record in records if is_done(arm, record) and "speed" not in record]
 
 
 def changes(arm, record):
     """What was asked for differently when this arm was run; empty if nothing."""
-    if not record or record.get("key") == arm.key:
+    if not record or is_meant(arm, record):
         return ""
+    if record.get("key") == arm.key:
+        return "the text of its corpora"
     old = record.get("resolved", {})
     keys = [key for key in old.keys() | arm.resolved.keys()
             if old.get(key) != arm.resolved.get(key)]
-    if record.get("make", "") != arm.make:
+    if record.get("make", "") != arm.make + arm.program:
         keys.append("make")
     if not keys:
         return "an arm that it comes from"
@@ -112,17 +122,19 @@ class Job:
     def prepare(self):
         """The arguments of its command; writes arm.json, which says what it is for."""
         arm = self.arm
-        same = self.record.get("key") == arm.key
+        same = is_meant(arm, self.record)
         # From the start: the folder is cleared, and arm.json says for what.
         if not same or arm.make or not checkpoint.can_resume(arm.folder):
             checkpoint.clear_run(arm.folder)
             (arm.folder / "evaluation.json").unlink(missing_ok=True)
-            self.record = dict(key=arm.key, resolved=arm.resolved, make=arm.make, commit=commit(),
-                               seconds=0.0, threads=int(self.environment["OMP_NUM_THREADS"]))
+            self.record = dict(key=arm.key, resolved=arm.resolved,
+                               make=arm.make + arm.program, commit=commit(),
+                               seconds=0.0, threads=int(self.environment["OMP_NUM_THREADS"]),
+                               **origin(arm))
             self.write()
             return arm.arguments()
         # Interrupted: on from its checkpoint, in which the settings are.
-        return ["train.py", "--out", str(arm.folder), "--resume", "--quiet"]
+        return arm.resume_arguments()
 
     def write(self):
         checkpoint.write_text(self.arm.folder / "arm.json", json.dumps(self.record))
@@ -170,7 +182,8 @@ class Job:
     def after_evaluation(self):
         row = json.loads((self.arm.folder / "evaluation.json").read_text(encoding="utf-8"))
         row = from_ensemble(row) if "corpora" in row else row
-        if "val_loss" not in row:
+        # what a program made may be text, not a model
+        if "val_loss" not in row and not self.arm.make:
             return "left an evaluation.json without val_loss"
         self.record["row"] = row
         self.record["evaluation"] = self.arm.evaluation

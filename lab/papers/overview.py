@@ -1,9 +1,11 @@
-"""What was measured, on one page: `python -m lab.papers.overview` writes results/README.md.
+"""What was measured, on one page: `python -m lab.papers.overview` writes results/README.md, and
+prints the sentence that README.md has of it.
 
 Every claim of every verdict.md with its verdict, word for word, then the timings of results/*.json
 and *.csv: nothing on the page is typed by hand, so that it cannot differ from what was measured.
 """
 import json
+import math
 import re
 import sys
 import textwrap
@@ -11,26 +13,47 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab.papers.spec import SIZES
+from lab.papers.student import critical
 from lab.papers.tables import read_table
+from lab.papers.verdict import (AGAINST, FOR, HELD, LEVEL, NOT, NOTHING, UNDECIDED,
+                                plain_verdict)
 from runtime import checkpoint
 from runtime.config import Parser, parse
 from runtime.ending import Ending
 from settings import ConfigError
 
 # a line of the table in a verdict.md
-CLAIM = re.compile(r"\| (\S+) \| (.+) \| (\*\*.+?\*\*.*) \|")
+CLAIM = re.compile(r"^\| (\S+) \| (.+) \| (\*\*.+\*\*.*) \| (\S+) \|$", re.MULTILINE)
+NEGATIVE_FIRST = (NOT, AGAINST, UNDECIDED, FOR, HELD, NOTHING)
 DTYPES = ("float32", "bfloat16")
 MOE_PATHS = {"loop": "a loop over the experts", "padded": "padded slots",
              "grouped_mm": "sort, F.grouped_mm",
              "grouped": "what `auto` takes on a CPU"}
 
 
+class Claim(NamedTuple):
+    """A line of the table in a verdict.md."""
+    key: str
+    says: str
+    words: str                  # the verdict as it is written: **held**, reported only
+    p: float                    # NaN where no t test decided
+
+    @property
+    def verdict(self):
+        """One of VERDICTS."""
+        return plain_verdict(self.words.split("**")[1])
+
+
 class Verdict(NamedTuple):
     """One verdict.md."""
     folder: str                 # of results/, with the size: mixtral/cpu
     title: str
-    claims: list                # [(id, what the paper says, the verdict as it is written)]
+    claims: list                # of Claim, negative ones first
     minutes: float              # of all runs, added up
+
+    def link(self, claim):
+        """The address of a claim's numbers, from results/."""
+        return f"{self.folder}/verdict.md#{claim.key.lower()}"
 
 
 # --- the claims ---
@@ -41,53 +64,107 @@ def read_verdict(path, results):
     size = path.parent.name
     title = text.splitlines()[0].removeprefix("# ").removesuffix(f" ({size})")
     minutes = re.search(r"runs took ([\d.]+) minutes", text)
-    return Verdict(path.parent.relative_to(results).as_posix(), title, CLAIM.findall(text),
+    claims = [Claim(key, says, words, math.nan if p == "-" else float(p))
+              for key, says, words, p in CLAIM.findall(text)]
+    claims.sort(key=lambda claim: NEGATIVE_FIRST.index(claim.verdict))
+    return Verdict(path.parent.relative_to(results).as_posix(), title, claims,
                    float(minutes[1]) if minutes else 0.0)
 
 
+def read_verdicts(results):
+    return [read_verdict(path, results) for size in SIZES
+            for path in sorted(results.glob(f"*/{size}/verdict.md"))]
+
+
 def claims_table(verdicts):
-    """A line for each claim; the first one of an experiment names it."""
-    lines = ["| experiment | claim | verdict | what the paper says |", "|---|---|---|---|"]
+    """A line for each claim, negative ones first; the first one of an experiment names it."""
+    lines = ["| experiment | claim | verdict | p | what the paper says |", "|---|---|---|---|---|"]
     for verdict in verdicts:
-        place = f"{verdict.folder}/verdict.md"
-        name = (f"[{verdict.title}]({place}), [figure]({verdict.folder}/figure.png), "
+        name = (f"[{verdict.title}]({verdict.folder}/verdict.md), "
+                f"[figure]({verdict.folder}/figure.png), "
                 f"{verdict.folder.rpartition('/')[2]}, {verdict.minutes:.0f} min")
-        for key, says, word in verdict.claims:
-            lines.append(f"| {name} | [{key}]({place}#{anchor(f'{key}: {word}')}) | {word} | "
-                         f"{says} |")
+        for claim in verdict.claims:
+            p = "-" if math.isnan(claim.p) else f"{claim.p:.2g}"
+            lines.append(f"| {name} | [{claim.key}]({verdict.link(claim)}) | {claim.words} | {p} | "
+                         f"{claim.says} |")
             name = ""
     return lines
 
 
-def anchor(heading):
-    """The address that GitHub gives a heading: small letters, no punctuation, a hyphen for each
-    blank."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+def in_short(verdicts):
+    """README.md's sentence: how many claims have which verdict, those that did not hold by name."""
+    parts = []
+    for word in NEGATIVE_FIRST:
+        found = [f"[{claim.key}](results/{verdict.link(claim)})" for verdict in verdicts
+                 for claim in verdict.claims if claim.verdict == word]
+        names = f" ({', '.join(found)})" * (word == NOT)
+        if found:
+            parts.append(f"{len(found)} {word}{names}")
+    return (f"Of {sum(len(verdict.claims) for verdict in verdicts)} claims: "
+            f"{', '.join(parts)}.")
 
 
 def count(verdicts):
-    """"56 held, 20 did not hold, 17 are undecided"."""
-    words = [word for verdict in verdicts for _, _, word in verdict.claims]
-    held = sum(word.startswith("**held**") for word in words)
-    failed = sum(word.startswith("**did not hold**") for word in words)
-    return f"{held} held, {failed} did not hold, {len(words) - held - failed} are undecided"
+    """"16 did not hold, 5 suggestive against, 19 undecided, 9 suggestive, 53 held"."""
+    words = [claim.verdict for verdict in verdicts for claim in verdict.claims]
+    return ", ".join(f"{words.count(word)} {word}" for word in NEGATIVE_FIRST if word in words)
+
+
+def holm(ps, level=LEVEL):
+    """Which of the tests {name: p} stand if the chance that any of them is wrong is to stay below
+    level: the smallest p against level / n, the next against level / (n - 1), and so on until one
+    fails (Holm 1979)."""
+    standing = []
+    for i, name in enumerate(sorted(ps, key=ps.get)):
+        if ps[name] > level / (len(ps) - i):
+            break
+        standing.append(name)
+    return standing
+
+
+def chance(verdicts):
+    """How many verdicts chance alone would bring, and which stand after Holm's correction."""
+    tested = {(claim.verdict, f"[{claim.key}]({verdict.link(claim)})"): claim.p
+              for verdict in verdicts for claim in verdict.claims if not math.isnan(claim.p)}
+    n, standing = len(tested), holm(tested)
+    first = LEVEL / max(1, n)
+
+    def named(word):
+        names = [name for found, name in standing if found == word]
+        n_found = sum(found == word for found, _ in tested)
+        listed = f" ({', '.join(names)})" * bool(names)
+        return f"{len(names)} of {n_found} that {word}{listed}"
+
+    return [f"A t test decided {n} of the claims, each at a level of 5 %. If all differences were "
+            f"chance alone, at most {LEVEL / 2 * n:.1f} of them would have held, and "
+            f"{LEVEL / 2 * n:.1f} or more would not have held, since one of several inequalities "
+            f"is enough for that. Holm's correction over all {n} keeps the chance of a single "
+            f"error below 5 %. It leaves {named(HELD)} and {named(NOT)}. It asks for p < "
+            f"{first:.2g} at first, which is |t| > {critical(first, 2):.0f} with three seeds and "
+            f"{critical(first, 4):.0f} with five: what it does not leave is not thereby wrong."]
+
+
+RULE = """A paired t test over the seeds (three or more) decides an inequality. It has *held* if p <
+.05 and the difference has the claimed sign, and *did not hold* if p < .05 and it has the other
+sign. With .05 <= p < .2 it is *suggestive*, or *suggestive against*; else it is *undecided*. "About
+as good as" is an equivalence test, and "not worse than" has its margin: 0.01 nats, one for all
+claims. A difference that is the same in all seeds is compared as it is and has no p, nor has a law
+that is fitted to the runs. A claim of several inequalities has the verdict of the worst. *Reported
+only* marks a claim that its file does not expect to hold at this size; it is judged and counted
+like every other. *Added* or *changed after the runs* marks one that is not as it was registered;
+the original is judged beside it. A reason is given after the runs, and stands where runs have
+tested it. A claim's name leads to the numbers behind it, and from there to the commands."""
 
 
 def claims_part(results):
     """The first half of the page."""
-    verdicts = [read_verdict(path, results) for size in SIZES
-                for path in sorted(results.glob(f"*/{size}/verdict.md"))]
+    verdicts = read_verdicts(results)
     n_claims = sum(len(verdict.claims) for verdict in verdicts)
     minutes = sum(verdict.minutes for verdict in verdicts)
     return ["## The papers' claims", "",
             f"{n_claims} claims of {len(verdicts)} experiments: {count(verdicts)}. The runs took "
             f"{minutes / 60:.1f} hours, added up.", "",
-            "A claim has held if at least three seeds were run, the difference has the claimed "
-            "sign in each of them, and its mean is more than two standard errors from zero. It did "
-            "not hold if the same is true of the other sign. Otherwise it is undecided. *Reported "
-            "only* marks a claim that its file does not expect to hold at this size; it is judged "
-            "and counted like every other. A claim's name leads to the numbers behind it, and from "
-            "there to the commands.", "",
+            " ".join(RULE.split()), "", *chance(verdicts), "",
             *claims_table(verdicts), "",
             "`python -m lab.experiment configs/papers/NAME.toml` runs an experiment; NAME is its "
             "folder here. Its minutes are those of all its runs, added up."]
@@ -234,7 +311,7 @@ def main(argv=None):
         if not results.is_dir():
             raise ConfigError(f"--results {options.results}: there is no such folder")
         checkpoint.write_text(results / "README.md", page(results))
-        print(results / "README.md")
+        print(results / "README.md", in_short(read_verdicts(results)), sep="\n")
     return end.status
 
 

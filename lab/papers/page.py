@@ -4,8 +4,11 @@ import statistics
 
 from lab.laws.fit_runs import FitError
 from lab.papers.arms import shown
+from lab.papers.expressions import MARGIN
 from lab.papers.spec import fits
-from lab.papers.verdict import HELD, NOT, UNDECIDED, judge, judge_fit
+from lab.papers.student import is_constant
+from lab.papers.verdict import (AGAINST, HELD, NOT, NOTHING, joined_p, judge, judge_fit,
+                                originals, plain_verdict)
 from lab.scaling import fit_texts
 
 RUNS = {"val_loss": "val loss (nats)", "active_params": "active", "total_params": "total",
@@ -15,28 +18,33 @@ RUNS = {"val_loss": "val loss (nats)", "active_params": "active", "total_params"
         "dropped": "dropped"}
 
 
-def verdict_page(title, spec, claims, rows, table, arms, failed):
+RULE = ("Differences are left minus right, paired by seed; p is that of a two-sided t test: "
+        "held or did not hold below .05, suggestive below .2. `==` is two one-sided tests against "
+        f"the margin, {MARGIN} nats. How: lab/papers/verdict.py.")
+
+
+def verdict_page(title, spec, claims, rows, table, arms, failed, more=()):
     """The page as text. rows: those of runs.csv; table: an expressions.Table of them; failed:
-    {label: why}."""
+    {label: why}; more: lines on how the settings of the runs were chosen."""
     # What was claimed, and what the figure shows.
     lines = [f"# {title}", "", spec.get("paper", ""), "", spec.get("caption", ""), ""]
     lines += ["![figure](figure.png)", ""] if spec.get("panel") else []
     # The verdicts at a glance, then the evidence for each.
     judged = {key: (claim, *evidence(claim, rows, table)) for key, claim in claims.items()}
     if judged:
-        lines += ["| claim | | verdict |", "|---|---|---|"]
-        lines += [f"| {key} | {claim['says']} | {verdict_of(claim, verdict)} |"
-                  for key, (claim, _, verdict) in judged.items()]
-    for key, (claim, found, verdict) in judged.items():
-        lines += ["", f"## {key}: {verdict_of(claim, verdict)}", "",
+        lines += ["| claim | | verdict | p |", "|---|---|---|---|"]
+        lines += [f"| {key} | {claim['says']} | {words} | {p_text(p)} |"
+                  for key, (claim, _, words, p) in judged.items()]
+    for key, (claim, found, words, _) in judged.items():
+        lines += ["", f"## {key}", "", words, "",
                   f"- The paper: {claim['says']} ({claim['source']}).", *found]
-        if verdict != HELD:
-            lines.append(f"- Why: {reason(claim, table)}")
+    if judged:
+        lines += ["", RULE]
     # The fits, the runs, the machine, the commands.
     lines += fitted_laws(spec.get("panel", []), rows)
     lines += ["", "## Runs", "", *runs_table(rows)]
     lines += [f"- {label}: {why}" for label, why in failed.items()]
-    lines += ["", hardware(rows), "", "## Commands", "",
+    lines += ["", hardware(rows), "", *more, "## Commands", "",
               f"Of seed {arms[0].seed}; other seeds differ in `--train.seed`, `--data.seed` and "
               "the folders.",
               "", "```", *(shown(arm.arguments()) for arm in arms if arm.seed == arms[0].seed),
@@ -45,11 +53,49 @@ def verdict_page(title, spec, claims, rows, table, arms, failed):
 
 
 def evidence(claim, rows, table):
-    """(lines of what was measured, verdict) of a claim."""
+    """(lines of what was measured, the verdict in words, its p) of a claim."""
+    lines, verdict, p = measured(claim, rows, table)
+    words = f"**{verdict}**"
+    if claim.get("report", False):
+        words += ", reported only"
+    if "note" in claim:
+        lines.append(f"- Note: {claim['note']}.")
+    # Why: a reason that runs have tested; of what is undecided none is due.
+    if plain_verdict(verdict) not in (HELD, NOTHING) and "reason" in claim:
+        lines.append(f"- Why: {reason(claim, table)}")
+    elif verdict in (AGAINST, NOT):
+        lines.append("- Why: not investigated.")
+    # What was claimed before the runs, judged by the same rule.
+    if "added" in claim:
+        how = "changed" if originals(claim) else "added"
+        lines.append(f"- {how.capitalize()} after the runs: {claim['added']}.")
+        words += f", {how} after the runs"
+    before = []
+    for original in originals(claim):
+        found, was = original_of(original, rows, table)
+        lines += [f"- The original claim: {original['says']}: **{was}**."]
+        lines += ["  " + line for line in found]
+        before.append(f"**{was}**")
+    if before:
+        words += f" (the original{'s' * (len(before) > 1)}: {', '.join(before)})"
+    return lines, words, p
+
+
+def original_of(original, rows, table):
+    """(lines of what was measured, verdict) of a claim as it was before it was changed."""
+    if "verdict" in original:
+        return [f"- As published in results/ at commit {original['commit']}."], original["verdict"]
+    n = original.get("seeds", len(table.seeds))
+    few = [row for row in rows if row["seed"] in table.seeds[:n]]
+    return measured(original, few, table.first(n))[:2]
+
+
+def measured(claim, rows, table):
+    """(a line for each inequality, verdict, p) of a claim's test."""
     if "fit" in claim:
-        return judge_fit(claim, rows)
+        return *judge_fit(claim, rows), math.nan
     pairs, verdict = judge(claim["test"], table)
-    return [measured(pair) for pair in pairs], verdict
+    return [pair_line(pair) for pair in pairs], verdict, joined_p(pairs)
 
 
 def fitted_laws(panels, rows):
@@ -65,26 +111,34 @@ def fitted_laws(panels, rows):
     return lines
 
 
-def verdict_of(claim, verdict):
-    return f"**{verdict}**, reported only" if claim.get("report", False) else f"**{verdict}**"
-
-
-def measured(pair):
+def pair_line(pair):
     """A line on one inequality."""
     if not pair.n:
         return f"- Measured: `{pair.text}`: {pair.verdict}."
-    count = f"{pair.n} seeds" if " == " in pair.text else f"right in {pair.right} of {pair.n} seeds"
-    return (f"- Measured: `{pair.text}`: difference {pair.mean:+.4g}, standard error "
-            f"{pair.error:.2g}, {count}: {pair.verdict}.")
+    line = f"- Measured: `{pair.text}`: difference {pair.mean:+.4g}"
+    if is_constant(pair.differences.values()):
+        return f"{line} in all of {pair.n} seeds: {pair.verdict}."
+    if math.isnan(pair.t):
+        return f"{line}, {pair.n} seeds: {pair.verdict}."
+    line += f", 95 % interval {pair.low:+.4g} to {pair.high:+.4g},"
+    if " == " in pair.text:
+        line += f" beyond the margin of {MARGIN} by"
+    return f"{line} t = {pair.t:.3g}, p = {p_text(pair.p)}, {pair.n} seeds: {pair.verdict}."
+
+
+def p_text(p):
+    """Three digits; a hyphen if nothing was tested."""
+    return "-" if math.isnan(p) else f"{p:.3g}"
 
 
 def reason(claim, table):
-    """The reason given, with the verdict of the runs that test it."""
-    if "reason" not in claim:
-        return "not investigated."
+    """The reason given, which stands only if the runs that test it bear it out."""
     pairs, verdict = judge(claim["reason_test"], table)
-    told = {HELD: "the runs bear it out", NOT: "the runs contradict it"}.get(verdict, UNDECIDED)
-    return "\n".join([f"{claim['reason']}: {told}."] + ["  " + measured(pair) for pair in pairs])
+    if verdict == HELD:
+        text = f"{claim['reason']}: the runs bear it out."
+    else:
+        text = f"not known. Tested was: {claim['reason']}: {verdict}."
+    return "\n".join([text] + ["  " + pair_line(pair) for pair in pairs])
 
 
 def mean_and_error(values):
@@ -129,4 +183,5 @@ def hardware(rows):
     minutes = sum(row.get("seconds") or 0 for row in rows) / 60
     return (f"Measured on {all_of('device')}, {all_of('threads')} threads a run, torch "
             f"{all_of('torch')}, commit {all_of('commit')} (+: with changes); {len(rows)} runs "
-            f"took {minutes:.1f} minutes, added up. ± is the standard error over the seeds.")
+            f"took {minutes:.1f} minutes, added up. Means and ±, the standard error, are over an "
+            "arm's own seeds; differences pair the seeds that both sides have.")

@@ -12,6 +12,7 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
+from data.corpora import recall as look_ups
 from data.corpora.arithmetic import as_text, final_answer, problems, prompt
 from data.prepare import prepared
 from grow.hidden_units import hidden_units
@@ -229,5 +230,25 @@ def math_right(model, batches, config, device, dtype):
     return dict(math_right=sum(map(operator.eq, found, answers)) / len(answers))
 
 
+@torch.no_grad()
+def recall(model, batches, config, device, dtype):
+    """recall_n: the share of digits that are right in new lines of the corpus `recall` with n
+    letters, of those letters that the line has asked for before; chance is 10 %."""
+    _, tokenizer = prepared(dataclasses.replace(config.data, max_tokens=0), ["recall"])
+    row = {}
+    for size in look_ups.SIZES:
+        # 128 lines that are in no split
+        asked, _ = lines = look_ups.lines(2**31 + size, 128, [size])
+        ids = torch.tensor([tokenizer.encode(look_ups.as_text(*line)) for line in zip(*lines)])
+        with precision(device, dtype):
+            best = model(ids[:, :-1].to(device)).logits.argmax(-1).cpu()
+        # what follows a letter, at every second position, is its digit
+        right = (best == ids[:, 1:])[:, :2 * look_ups.LOOK_UPS:2]
+        known = torch.from_numpy(look_ups.known(asked))
+        row[f"recall_{size}"] = right[known].float().mean().item()
+    return row
+
+
 PROBES = {"repeats": repeats, "surgery": surgery, "groups": groups, "overflow": overflow,
-          "expert_cosine": expert_cosine, "logits": logits, "math_right": math_right}
+          "expert_cosine": expert_cosine, "logits": logits, "math_right": math_right,
+          "recall": recall}

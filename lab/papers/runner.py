@@ -8,9 +8,8 @@ import time
 from tqdm import tqdm
 
 from data.prepare import prepared
-from lab.papers.arms import ROOT, config_path
+from lab.papers.arms import ROOT
 from lab.papers.jobs import Job, changes, lacks_speed, read_record, steps_done
-from model import load_config
 from runtime import checkpoint
 
 POLL = 0.1                              # seconds between looks at the processes
@@ -123,8 +122,9 @@ class Runner:
             return
         self.done.add(job.arm.label)
         self.after()
-        loss, seconds = job.record["row"]["val_loss"], job.record["seconds"]
-        self.say(f"{job.arm.label}: val_loss {loss:.4f}, {seconds:.0f} s; {len(self.done)} of "
+        row, seconds = job.record["row"], job.record["seconds"]
+        loss = f"val_loss {row['val_loss']:.4f}, " if "val_loss" in row else ""
+        self.say(f"{job.arm.label}: {loss}{seconds:.0f} s; {len(self.done)} of "
                  f"{len(self.arms)} runs done{self.time_left()}")
 
     def fail(self, arm, why):
@@ -186,11 +186,12 @@ def prepare_corpora(arms, quiet=False):
     DataError."""
     seen = set()
     for arm in arms:
-        if arm.make:                                    # its program prepares what it needs
+        data = arm.data
+        # What an arm trains on, and what it is evaluated on, each once. A program that makes an arm
+        # prepares what it needs, and so its children's text where that lies in its folder.
+        if data and data.dir in [str(parent.folder) for parent in arm.parents]:
             continue
-        # What an arm trains on, and what it is evaluated on, each once.
-        data = load_config(config_path(arm.config, arm.name), arm.settings.items()).data
-        for names in (data.name, arm.evaluation["corpora"]):
+        for names in (data.name, arm.evaluation["corpora"]) if data else ():
             what = str(names), data.tokenizer, data.vocab_size, data.dir, data.max_tokens
             if names and what not in seen:
                 seen.add(what)

@@ -1,6 +1,6 @@
 """An experiment file: what may stand in it, read and checked.
 
-    title, paper, caption, config, seeds, runs, evaluate, probes, speed     see TOP
+    title, paper, caption, config, seeds, runs, evaluate, probes, speed, tune       see TOP
     [common] [cpu] [gpu]        settings of every arm, of every arm at one size
     [arms."name-{n_keys}"]      an arm: settings, and the words of ARM (lab/papers/arms.py)
     [metrics."pattern-{m}"]     columns computed from other columns, for the arms whose name fits
@@ -18,11 +18,14 @@ TOP = {"title": str, "paper": str, "caption": str, "config": str, "seeds": int, 
        "evaluate": list,
        # true: of the first seed alone; 3: of the first three
        "probes": list, "speed": (bool, int),
+       # settings and the values to choose from, of every arm; {} in an arm: not tuned
+       "tune": dict,
        "common": dict, "cpu": dict, "gpu": dict, "arms": dict, "metrics": dict, "panel": list,
        "claims": dict}
-ARM = {"config": str, "grid": dict, "from": (str, list), "make": str, "sizes": list, "column": dict,
-       "seeds": int, "cpu": dict, "gpu": dict}
-SIZE = {"config": str, "jobs": int}             # what [cpu] and [gpu] may hold beside settings
+ARM = {"config": str, "grid": dict, "from": (str, list), "make": str,
+       "program": str, "sizes": list, "column": dict,
+       "seeds": int, "tune": dict, "cpu": dict, "gpu": dict}
+SIZE = {"config": str, "jobs": int, "tune": dict}             # what [cpu] and [gpu] may hold beside settings
 
 
 def read_experiment(path):

@@ -5,13 +5,34 @@ About arms, over paired seeds:
 
     test = "val_loss[peer-128] < val_loss[peer-16]"     also >, chains a < b < c, a list of tests
     test = "val_loss: peer-128 < peer-64 < peer-16"     the same, one column for all
-    test = "val_loss[a] < val_loss[b] - 0.02"           with a margin
-    test = "val_loss[a] == val_loss[b]"                 no difference beyond two standard errors
+    test = "val_loss[a] < val_loss[b] + margin"         a is not worse than b
+    test = "val_loss[a] == val_loss[b]"                 a is about as good as b
 
-Both sides are computed for each seed on its own, so that what a seed does to all arms cancels. A
-claim holds if there are at least three seeds, the difference has the claimed sign in all of them
-and its mean is more than two standard errors from zero; it does not hold if the same is true of the
-other sign; else it is undecided.
+Both sides are computed for each seed on its own, so that what a seed does to all arms cancels.
+
+The rule. Of three seeds or more, Student's t test of the mean difference against zero (p is
+two-sided, lab/papers/student.py) decides an inequality:
+
+    held                    p < .05, the difference has the claimed sign
+    suggestive              .05 <= p < .2, the claimed sign
+    undecided               p >= .2
+    suggestive against      .05 <= p < .2, the other sign
+    did not hold            p < .05, the other sign
+
+Two standard errors instead would be met by chance in 18 % of all cases of three seeds, not in 5 %.
+
+"About as good as" is an equivalence test (two one-sided tests). It is held if both show, each at p
+< .05, that the difference lies within the margin, 0.01 nats; suggestive if both have p < .2. It did
+not hold if the difference is shown to lie beyond the margin, two-sided p < .05; suggestive against
+if p < .2. "Not worse than" has the same margin. The margin is one for all claims and in nats, so
+that == and margin take losses alone: of another unit it would have to be chosen claim by claim.
+
+A difference that is the same in every seed (FLOPs, counts that hold by construction) has no spread
+to test with. It is compared as it is and has no p; of zero an inequality is undecided.
+
+What has not run yet is not measured. A claim of several inequalities has the verdict of its worst
+one: all must hold. Its p is the largest of theirs, which needs no correction (all must be small);
+if one did not hold, the smallest of those times the number of inequalities (Bonferroni).
 
 About a scaling law that is fitted to the runs:
 
@@ -23,38 +44,61 @@ About a scaling law that is fitted to the runs:
 The names are the law's coefficients (lab/laws/laws.py) and the errors rmse, held_out and
 held_out_without (lab/laws/fit.py). Of coefficients the 95 % interval of the bootstrap must lie on
 the claimed side, and the runs must have identified each; errors are compared as they are.
+
+A claim is registered by being in its file before its runs. One that is added or changed after them
+says so, and its page shows the original beside it, judged by the same rule:
+
+    added = "why, in a sentence"
+    original = { says = "...", test = "..." }       or a list of such; also fit, arms, floor, and
+                                                    seeds = 3 (by the first three alone)
+    original = { says = "...", verdict = "held", commit = "1234567" }       where its rows are not
+                                                    kept: what verdict.md said at that commit
+
+Also: report = true (not expected to hold at this size), note (what the test does not compare),
+reason and reason_test (why it came out as it did, and the inequality that tests that), sizes.
 """
 import ast
 import math
 import re
-import statistics
 from typing import NamedTuple
 
 import numpy as np
 
 from lab.laws.fit_runs import FitError, fits_of
 from lab.laws.laws import Clark, Krajewski
-from lab.papers.expressions import (SIGNS, Missing, formulas, parse_cells, parse_names, value,
-                                    written)
+from lab.papers.expressions import (MARGIN, SIGNS, Missing, formulas, parse_cells, parse_names,
+                                    value, written)
 from lab.papers.spec import check_words, fits
+from lab.papers.student import above, is_constant, paired, t_of, two_sided
 from runtime.config import nearest
 from settings import ConfigError
 
-HELD, NOT, UNDECIDED = "held", "did not hold", "undecided"
-CLAIM = {"says": str, "source": str, "test": (str, list), "report": bool, "reason": str,
-         "reason_test": (str, list), "sizes": list, "fit": str, "arms": list, "floor": (int, float)}
+# from the best to the worst
+HELD, FOR, UNDECIDED, NOTHING, AGAINST, NOT = VERDICTS = (
+    "held", "suggestive", "undecided", "not measured", "suggestive against", "did not hold")
+LEVEL, WEAK = 0.05, 0.2             # below these p a verdict is a verdict, or suggestive
+SEEDS = 3                           # fewer are undecided
+TEST = {"test": (str, list), "fit": str, "arms": list, "floor": (int, float)}
+CLAIM = TEST | {"says": str, "source": str, "report": bool, "note": str, "reason": str,
+                "reason_test": (str, list), "sizes": list, "added": str, "original": (dict, list)}
+ORIGINAL = TEST | {"says": str, "seeds": int, "verdict": str, "commit": str}
 LAWS = {"clark": Clark, "krajewski": Krajewski}
 ERRORS = ("rmse", "held_out", "held_out_without")
 
 
 class Pair(NamedTuple):
-    """One inequality, measured."""
+    """One inequality, measured. Of == t and p are those of the test that decides: t is by how many
+    standard errors the difference exceeds the margin, p the larger of the two one-sided ones."""
     text: str                           # "a < b"
     verdict: str
     mean: float                         # of left - right over the seeds
     error: float                        # its standard error
-    right: int                          # seeds with the claimed sign; means nothing for ==
-    n: int
+    low: float                          # its 95 % interval
+    high: float
+    t: float
+    p: float                            # NaN if nothing was tested
+    n: int                              # seeds
+    differences: dict                   # {seed: left - right}
 
 
 # --- reading ---
@@ -85,13 +129,33 @@ def check_claim(claim, names, where):
     if claim.get("fit", "clark") not in LAWS:
         raise ConfigError(f"{where}: fit = \"{claim['fit']}\" is not one of {', '.join(LAWS)}")
     # Every test parses, and names arms that exist.
-    for text in as_list(claim["test"]):
+    check_tests(claim, names, where)
+    check_tests(dict(test=claim.get("reason_test", [])), names, where)
+    if "original" in claim and "added" not in claim:
+        raise ConfigError(f"{where}: an original needs added, a sentence on why the claim changed")
+    for original in originals(claim):
+        check_words(original, ORIGINAL, f"{where}: original")
+        if "says" not in original or ("test" in original) == ("verdict" in original):
+            raise ConfigError(f"{where}: an original has says, and either a test or the verdict "
+                              "that it had")
+        check_tests(original, names, f"{where}: original")
+
+
+def check_tests(claim, names, where):
+    """Raises ConfigError for a test that is none or names an arm that there is not."""
+    for text in as_list(claim.get("test", [])):
         if "fit" in claim:
             law_inequality(text, claim["fit"], where)
         else:
             check_arms(inequality(text, where)[1], names, where)
-    for text in as_list(claim.get("reason_test", [])):
-        check_arms(inequality(text, where)[1], names, where)
+
+
+def originals(claim):
+    """The claims that this one was before it was changed, first to last; a fit's words come from
+    the claim where an original has none."""
+    shared = {word: claim[word] for word in ("fit", "arms", "floor") if word in claim}
+    found = claim.get("original", [])
+    return [shared | one for one in (found if isinstance(found, list) else [found])]
 
 
 def as_list(test):
@@ -127,6 +191,11 @@ def inequality(text, where):
     tree, cells = parse_cells(text, where)
     if not isinstance(tree, ast.Compare):
         raise ConfigError(f"{where}: {text} compares nothing; write left < right")
+    # The margin is in nats.
+    nats = all(cell[0].startswith(("val_loss", "train_loss")) for cell in cells)
+    if ("==" in text or re.search(r"\bmargin\b", text)) and not nats:
+        raise ConfigError(f"{where}: {text}: == and margin are for losses; the margin is {MARGIN} "
+                          "nats")
     return tree, cells
 
 
@@ -142,12 +211,26 @@ def law_inequality(text, law, where):
 
 # --- judging ---
 
+def plain_verdict(verdict):
+    """One of VERDICTS, without the remark in brackets."""
+    return verdict.partition(" (")[0]
+
+
 def joined(verdicts):
-    """The verdict on several inequalities: held if every one holds, not held if one does not
-    hold."""
-    if NOT in verdicts:
-        return NOT
-    return next((v for v in verdicts if v != HELD), HELD)
+    """The verdict on several inequalities: the worst."""
+    return max(verdicts, key=lambda verdict: VERDICTS.index(plain_verdict(verdict)))
+
+
+def joined_p(pairs):
+    """p of several inequalities that must all hold; NaN if none was tested or too few seeds ran."""
+    if any(pair.n < SEEDS for pair in pairs):
+        return math.nan
+    verdict = joined([pair.verdict for pair in pairs])
+    tested = [pair.p for pair in pairs if not math.isnan(pair.p)]
+    if verdict in (NOT, AGAINST):
+        worst = [pair.p for pair in pairs if pair.verdict == verdict]
+        return math.nan if any(map(math.isnan, worst)) else min(1.0, len(tested) * min(worst))
+    return max(tested, default=math.nan)
 
 
 def judge(test, table):
@@ -164,43 +247,59 @@ def judge(test, table):
 def judge_pair(left, sign, right, cells, table):
     """The Pair of one inequality."""
     # One difference for each seed that has both sides.
-    differences, problem = [], ""
+    found, problem = {}, ""
     for seed in table.seeds:
         try:
-            differences.append(table.value(left, cells, seed) - table.value(right, cells, seed))
+            found[seed] = table.value(left, cells, seed) - table.value(right, cells, seed)
         except (Missing, ZeroDivisionError, ValueError) as e:
             problem = str(e)
-    n = len(differences)
     text = f"{written(left, cells)} {sign} {written(right, cells)}"
-    if not n:
-        return Pair(text, f"{UNDECIDED} ({problem})", math.nan, math.nan, 0, 0)
-    mean = statistics.fmean(differences)
-    error = standard_error(differences)
-    signs = [(d > 0) - (d < 0) for d in differences]
-    claimed = {"<": -1, ">": 1, "==": 0}[sign]
-    return Pair(text, verdict_on(signs, claimed, mean, error), mean, error, signs.count(claimed), n)
+    if not found:
+        return Pair(text, f"{NOTHING} ({problem})", *[math.nan] * 6, 0, {})
+    return Pair(text, *decide(list(found.values()), sign), found)
 
 
-def verdict_on(signs, claimed, mean, error):
-    """The verdict on differences with these signs, one a seed, if `claimed` (-1, 1, or 0 for ==) is
-    claimed."""
-    if len(signs) < 3:
-        return f"{UNDECIDED} ({len(signs)} seed{'s' if len(signs) > 1 else ''})"
-    # one sign in all, and far enough from zero
-    if len(set(signs)) == 1 and abs(mean) > 2 * error:
-        return HELD if signs[0] == claimed else NOT
-    if claimed == 0 and abs(mean) <= 2 * error:
-        return HELD
+def decide(differences, sign):
+    """The rule: (verdict, *Paired) of the differences left - right, one a seed, if left < right,
+    left > right or left == right is claimed."""
+    found = paired(differences)
+    mean, error, _, _, t, p, n = found
+    if n < SEEDS:
+        return f"{UNDECIDED} ({n} seed{'s' if n > 1 else ''})", *found._replace(p=math.nan)
+    # The same in every seed: compared as it is.
+    if is_constant(differences):
+        return same_in_all(mean, sign), *found._replace(t=math.nan, p=math.nan)
+    if math.isnan(p):
+        return f"{UNDECIDED} (infinite in some seeds)", *found
+    if sign == "==":
+        # By how many standard errors |mean| exceeds the margin: the nearer of the two bounds
+        # decides.
+        t = t_of(abs(mean) - MARGIN, error)
+        p = above(-t, n - 1)
+        right, other = p, (two_sided(t, n - 1) if t > 0 else 1.0)
+    else:
+        claimed = (mean < 0) == (sign == "<")
+        right, other = (p, 1.0) if claimed else (1.0, p)
+    return by_level(right, other), *found._replace(t=t, p=p)
+
+
+def by_level(right, other):
+    """The verdict by the p for a claim and the p against it."""
+    for limit, for_it, against_it in ((LEVEL, HELD, NOT), (WEAK, FOR, AGAINST)):
+        if right < limit:
+            return for_it
+        if other < limit:
+            return against_it
     return UNDECIDED
 
 
-def standard_error(values):
-    """Of their mean; 0 if all are the same, infinite ones too."""
-    if len(set(values)) == 1:
-        return 0.0
-    if not all(map(math.isfinite, values)):
-        return math.inf
-    return statistics.stdev(values) / math.sqrt(len(values))
+def same_in_all(difference, sign):
+    """The verdict on a difference without spread."""
+    if sign == "==":
+        return HELD if abs(difference) <= MARGIN else NOT
+    if is_constant([difference, 0.0]):
+        return UNDECIDED
+    return HELD if (difference < 0) == (sign == "<") else NOT
 
 
 def judge_law(text, law, fit):

@@ -15,7 +15,7 @@ import torch
 from ffn import MLP, Context
 from kernels.common import HAS_TRITON
 from kernels.peer import GatheredExperts
-from kernels.product_keys import TopKLean
+from kernels.product_keys import RetrieveFused, TopKLean, fuses
 from lab.timing.measure import (INPUTS, Contestant, Peer, Table, check, if_it_fits, make_row,
                                 measure, print_table, saved_mib, version_of)
 from model import load_config
@@ -175,8 +175,8 @@ def draw_inputs(shape, dtype, device):
 
 
 def bench_retrieval(machine, shape):
-    """Rows of retrieval, queries included, always float32: with all scores at once, or as TopKLean
-    has it."""
+    """Rows of retrieval, queries included, always float32: with all scores at once, or as the paths
+    lean and fused have it, on CUDA in one launch."""
     dtype = torch.float32
     layer = build_peer(shape, dtype, machine.device)
     xs = draw_inputs(shape, dtype, machine.device)
@@ -185,6 +185,8 @@ def bench_retrieval(machine, shape):
         # (T, h, 2, d_key / 2)
         queries = layer.queries(xs[i][0])
         # (T, h, k)
+        if topk is not topk_readable and fuses(queries):
+            return RetrieveFused.apply(queries, layer.sub_keys, shape.k)[0]
         return retrieve(queries, layer.sub_keys, shape.k, layer.candidates, topk)[0]
 
     c = layer.config

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import common
 from kernels import moe as moe_kernels
+from kernels import parts
 from kernels import peer as peer_kernels
 from kernels import product_keys
 
@@ -97,5 +98,9 @@ if __name__ == "__main__":
     for d, k, dtype in ((64, 16, fp32), (128, 16, fp32), (64, 32, fp32), (64, 16, bf16), (64, 32, bf16)):
         print(f"sub-keys c {d} m 1024 k {k} {dtype}")
         q, sub_keys = torch.zeros(16, 8, 2, d, dtype=dtype), torch.zeros(2, 1024, d, dtype=dtype)
-        scores, indices = product_keys.product_key_topk(q, sub_keys, k)
-        product_keys.sub_key_gradient(q, scores, indices.clamp(0, 1023), 1024)
+        product_keys.product_key_experts(q, sub_keys, k)
+        chosen = torch.zeros(16, 8, 2, k, dtype=torch.int32)
+        product_keys.sub_key_gradient(q, chosen.float(), chosen, 1024)
+    print("parts of W (128, 768) and of a gradient (16, 128)")
+    parts.split(torch.zeros(1, 128 * 768))
+    parts.split(torch.zeros(16, 128), backward=True)

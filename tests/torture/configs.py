@@ -20,6 +20,9 @@ FIELDS = dict(all_fields())
 # What keeps a model tiny and a run short. A setting without an entry takes any value of its type and range.
 SMALL = {"model.n_layer": [1, 2, 3], "model.n_head": [1, 2, 3, 4], "model.n_kv_head": [0, 1, 2, 4],
          "model.n_embd": [2, 4, 6, 8, 12, 16, 20, 24], "model.block_size": [1, 2, 7, 16, 40],
+         "model.attention_every": [0, 1, 2, 3], "model.attention_layers": [[], [0], [1, 0], [5]],
+         "model.d_state": [1, 2, 5], "model.d_conv": [1, 2, 4], "model.expand": [1, 2, 3],
+         "model.dt_rank": [0, 1, 3],
          "model.vocab_size": [0, 0, 100, 256, 263, 300], "model.loss_chunks": [1, 2, 5, 100],
          "ffn.d_ff": [0, 1, 2, 6, 8, 16, 24], "ffn.d_dense": [0, 1, 8, 20], "ffn.moe_every": [0, 1, 2, 3],
          "ffn.moe_layers": [[], [0], [1], [1, 0], [2], [5]], "ffn.n_dense_first": [0, 1, 2],
