@@ -25,13 +25,13 @@ def scan_loop(x, delta, rate, write, read, h):
     nearly as it is, one of large delta lets it decay and writes itself.
     """
     ys = []
-    for x_t, delta_t, write_t, read_t in zip(*(t.unbind(1) for t in (x, delta, write, read))):
-        # eq. 4, zero-order hold of A: each number of the state decays at its rate, here at most 0
-        decay = torch.exp(delta_t.unsqueeze(1) * rate)                              # (B, n, c)
+    for t in range(x.shape[1]):
+        # eq. 4, zero-order hold of A: each number of the state decays at its rate, which is negative
+        decay = torch.exp(delta[:, t, None] * rate)                                 # (B, n, c)
         # eq. 2a: h_t = exp(delta A) h_(t-1) + delta B x, with B by the first-order rule of the authors' code
-        h = decay * h + write_t.unsqueeze(2) * (delta_t * x_t).unsqueeze(1)
+        h = decay * h + write[:, t, :, None] * (delta[:, t] * x[:, t])[:, None]
         # eq. 2b: y_t = C h_t
-        ys.append((read_t.unsqueeze(2) * h).sum(1))
+        ys.append((read[:, t, :, None] * h).sum(1))
     return torch.stack(ys, 1), h
 
 

@@ -48,8 +48,7 @@ class Attention(nn.Module):
         # one product for queries, keys and values; the first two are turned by their positions
         turned = self.n_head + self.n_kv_head
         qk, v = self.qkv(x).view(B, T, -1, self.head).split([turned, self.n_kv_head], 2)
-        if rotary is not None:
-            qk = rotate(qk, rotary)
+        qk = qk if rotary is None else rotate(qk, rotary)
         qk, v = qk.transpose(1, 2), v.transpose(1, 2)                               # (B, heads, T, head)
         q, k = qk.split([self.n_head, self.n_kv_head], 1)
         # with a cache: all S keys and values so far, of which new token i sees the old ones and those up to i

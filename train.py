@@ -30,8 +30,8 @@ from runtime import checkpoint, parallel
 from runtime.config import to_toml
 from runtime.device import go_on_uncompiled, precision, resolve_device, resolve_dtype, speed_up
 from runtime.ending import Ending
-from runtime.graph import copied
-from runtime.report import Log, StopSignal, describe, finish, progress, speaker
+from runtime.graph import Calls
+from runtime.report import Log, StopSignal, describe, finish, keep_best, progress, speaker
 from runtime.start import make_ready, open_run
 from sample import sample_text
 
@@ -53,7 +53,7 @@ class Trainer:
         # where the run stands
         self.corpora, self.numbers = config.data.names, NUMBERS
         self.count = torch.zeros((), device=device)     # the step, for layers: a Python number would be compiled in
-        self.graphs = self.seen = None                  # runtime.graph.Graphs of a step; what its micro-steps saw
+        self.graphs, self.seen = Calls(device), None    # what runs a step's parts; what its micro-steps saw
         self.done, self.planned = 0, t.max_steps        # optimizer steps finished, and wanted before a resume
         self.seconds = 0.0                              # spent in them, earlier sittings included
         self.best = math.inf                            # lowest validation loss, nats per token
@@ -67,26 +67,20 @@ class Trainer:
         self.count.fill_(self.done)
         self.model.train()
         try:
-            loss, aux, norm, layers = self.captured_step() if self.graphs else self.whole_step()
+            loss, aux, norm, layers = self.whole_step()
         except torch._dynamo.exc.TorchDynamoException as e:             # it shows in the first step, if at all
             go_on_uncompiled(self, e)
-            loss, aux, norm, layers = self.captured_step() if self.graphs else self.whole_step()
+            loss, aux, norm, layers = self.whole_step()
         self.done += 1
         return dict(step=self.done, tokens=self.tokens, lr=rate, loss=loss, aux_loss=aux,
                     grad_norm=parallel.whole(norm), layers=layers)
 
     def whole_step(self):
-        """The gradient of the whole batch, a micro-batch at a time, and the update."""
-        for micro in range(self.config.train.grad_accum):
-            self.micro_step(micro, *(a.to(self.device, non_blocking=True) for a in self.micro_batch(micro)))
-        return self.update()
-
-    def captured_step(self):
-        """The same as CUDA graphs: of the first micro-step, of those that add to it, and of the update."""
+        """The gradient of the batch, a micro-batch at a time, and the update; as CUDA graphs where it can be."""
         self.graphs.begin()
         for micro in range(self.config.train.grad_accum):
             self.graphs.run(f"micro-step {min(micro, 1)}", partial(self.micro_step, micro), *self.micro_batch(micro))
-        return copied(self.graphs.run("update", self.update))
+        return self.graphs.kept("update", self.update)
 
     def micro_batch(self, micro):
         """Tokens (b, T), the tokens after them (b, T), the corpus of each sequence (b,): this process's part."""
@@ -205,23 +199,6 @@ def sample_of(trainer):
     if not t.sample_tokens:
         return ""
     return sample_text(trainer.model, trainer.tokenizer, tokens=t.sample_tokens, seed=t.seed)
-
-
-def keep_best(trainer, results, out):
-    """Keeps the weights if an evaluation's results are the best so far: (columns for the log, a line about it)."""
-    t = trainer.config.train
-    # the mean over the corpora, as they are weighted in training
-    weights = trainer.config.data.weights or [1.0] * len(results)
-    loss, bpb = (sum(w * r[i] for w, r in zip(weights, results.values())) / sum(weights) for i in (0, 1))
-    better = loss < trainer.best
-    if better:
-        trainer.best = loss
-        if t.keep != "last" and (trainer.done or t.init_from):      # trained weights may stay the best
-            checkpoint.save_best(out, trainer)
-    row = dict(val_loss=loss, val_bpb=bpb)
-    row |= {f"val_loss_{name}": r[0] for name, r in results.items()} if len(results) > 1 else {}
-    return row, (f"step {trainer.done:>6}/{t.max_steps}  validation {loss:.4f} nats a token, {bpb:.4f} bits a byte"
-                 f"{'  (best so far)' if better and trainer.done else ''}")
 
 
 def detached(stats):

@@ -206,7 +206,7 @@ def check_fit(options, config):
     if options.split == "domains" and (k % n or config.data.weights):
         config.fail("data.weights" if config.data.weights else "data.name", "does not go with "
                     f"--split domains, where each of {n} corpora has as many of {k} workers")
-    if parallel.sharded(config):
+    if parallel.world() > 1 and t.parallel != "ddp":
         config.fail("train.parallel", "cuts the model that each worker has as a whole: use ddp")
 
 

@@ -5,8 +5,10 @@ equal. Every file imports, and its twins run, without Triton.
     norm           the root-mean-square norm on a CPU
     moe            tokens into expert order and back, the gated activation, the grouped experts
     peer           PEER's experts: forward, backward, the gradient of the table
-    product_keys   the best k of m sub-keys for each half of a query, and their gradient
+    product_keys   the best k of the m^2 experts of a query, and the gradient of the sub-keys
+    parts          float32 products on tensor cores, from bfloat16 parts
     loss           the loss of the output layer without all the logits
+    mamba          the selective scan and its gradient, in chunks
     assignment     tokens to experts in equal numbers, for the router base
 
 A kernel comes as three functions:
@@ -27,8 +29,9 @@ Rules of every kernel:
 - A grid has at most 2^31 - 1 programs along x and 65,535 along y. A block has at most 2^20
   elements, which limits a width that one program holds whole (PEER's d).
 - torch.compile. A launch is plain `kernel[grid](...)`: torch.compile puts it into its graph and
-  reads from the kernel which arguments it writes. A custom operator would add dispatch in eager
-  mode and hide the launch from Inductor.
+  reads from the kernel which arguments it writes. A function that is called in a kernel gets no
+  pointers that it only reads if its result goes into the address of a store: they would count as
+  written. A custom operator would add dispatch in eager mode and hide the launch from Inductor.
 - Autograd is not inside a kernel. Every gradient is one of these functions too, and an
   autograd.Function ties forward and backward together.
 """

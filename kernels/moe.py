@@ -315,11 +315,11 @@ class GroupedExperts(torch.autograd.Function):
     offsets (E,) int32 the ends of the groups -> y (N, d). weight, order and token are in expert
     order. k is 0 where tokens differ in their number of experts.
 
-    Saves x, the pre-activation, the weights and the order (fused: and its inverse, both int32, in
-    the place of the tokens); backward gathers the rows and applies
+    Saves x, the pre-activation, the weights and the order; backward gathers the rows and applies
     the activation again. Autograd would also keep both of them and the parts of the activation: 3.6
     times the memory (N 2048, d 256, w 128, E 32, k 4; see lab/bench.py moe). With `fused` the
-    Triton kernels move the rows and apply the activation. Without, no Triton is involved.
+    Triton kernels move the rows and apply the activation; they go by the order and its inverse,
+    int32, in the place of the tokens. Without, no Triton is involved.
     """
 
     @staticmethod

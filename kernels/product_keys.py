@@ -1,5 +1,5 @@
-"""Product keys (2407.04153 sec. 2.1): the best k of the m^2 experts of each query, without the scores
-of all sub-keys.
+"""Product keys (2407.04153 sec. 2.1): the best k of the m^2 experts of each query, without the
+scores of all sub-keys.
 
 Letters: N tokens, h heads, m sub-keys of a half, c width of a half, k kept. A query has 2 halves,
 and each half has its own sub-keys (m, c). The rules of all kernels stand in kernels/__init__.py.

@@ -1,10 +1,11 @@
 """Speed and memory beside the naive twins and the physical floor: `python -m lab.bench
-moe|model|peer|mamba`.
+moe|model|peer|mamba|parallel`.
 
     moe     one mixture-of-experts layer by every dispatch path, beside the dense one of equal FLOPs
     model   a training step of whole models of equal active FLOPs (this file)
     peer    a PEER layer: its experts by every path, its retrieval, and the whole
     mamba   the selective scan, and a training step of configs/jamba.toml beside its twins
+    parallel  a MoE layer whose experts two CPU processes share, and the exchange of its rows
 
 What each number means is in lab/timing/measure.py; what is compared stands above each bench's
 tables.
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lab.timing.exchange import bench_parallel
 from lab.timing.mamba import SCAN_SHAPES, bench_scans
 from lab.timing.measure import (INPUTS, Contestant, Table, ceiling_rows, find_machine,
                                 machine_name, measure, print_table, skipped_row)
@@ -143,8 +145,9 @@ LAST_TABLE, LAST_CALL = 60, 20
 def build_parser():
     parser = Parser(prog="python -m lab.bench", allow_abbrev=False,
                     description=__doc__.split("\n")[0])
-    parser.add_argument("bench", choices=["moe", "model", "peer", "mamba"],
-                        help="one MoE layer, whole models, a PEER layer, or the scan of Mamba")
+    parser.add_argument("bench", choices=["moe", "model", "peer", "mamba", "parallel"],
+                        help="one MoE layer, whole models, a PEER layer, the scan of Mamba, or a "
+                        "MoE layer in two processes")
     parser.add_argument("--device", choices=["cpu", "cuda"],
                         default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where to run (default: cuda if there is one, else cpu)")
@@ -177,6 +180,8 @@ def run(options):
         tables = bench_model(machine, dict(list(model_sets(device).items())[:n]))
     elif options.bench == "peer":
         tables = bench_peer(machine, PEER_SHAPES[device][:n])
+    elif options.bench == "parallel":
+        tables = bench_parallel(machine, MOE_SHAPES[device][:n])
     else:
         tables = bench_mamba(machine, SCAN_SHAPES[device][:n])
     yield ceiling_rows(options.bench, machine)
@@ -217,6 +222,8 @@ def main(argv=None):
         options, _ = parse(build_parser(), argv)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+        if options.device == "cuda" and options.bench == "parallel":
+            raise ConfigError("parallel measures processes on a CPU: use --device cpu")
         if options.json and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
             raise ConfigError(f"--json {options.json}: must be a file in a folder that exists")
         rows = []

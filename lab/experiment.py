@@ -205,12 +205,10 @@ class Experiment:
         here = {key: claim for key, claim in self.claims.items()
                 if concerns(claim, self.size, names)}
         page = verdict_page(f"{title} ({self.size})", self.spec, here, rows, table, self.arms,
-                            self.failed)
+                            self.failed, self.tuning_lines())
         checkpoint.write_text(self.out / "verdict.md", page)
         # The figure.
-        figure = experiment_figure(self.spec.get("panel", []), title, self.spec.get("caption", ""),
-                                   rows,
-                                   curves, paths)
+        figure = experiment_figure(self.spec, here, rows, curves, paths)
         if figure:
             figure.savefig(self.out / "figure.part", format="png")
             (self.out / "figure.part").replace(self.out / "figure.png")

@@ -17,7 +17,23 @@ from settings import ConfigError
 WARM = 3                # rounds before recording: kernels are compiled and optimizer state made in them
 
 
-class Graphs:
+class Calls:
+    """Runs functions of tensors as they are: Graphs where there are none."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def begin(self):
+        """A new round."""
+
+    def run(self, name, function, *inputs):
+        """function(*inputs), on the device."""
+        return function(*(x.to(self.device, non_blocking=True) for x in inputs))
+
+    kept = run
+
+
+class Graphs(Calls):
     """Runs functions of tensors, each under a name, as CUDA graphs. In every round (begin) the same
     names come in the same order. failed(error) is told if recording fails; then all goes on as it
     is."""
@@ -29,14 +45,14 @@ class Graphs:
         self.recorded = {}              # name -> (graph, its inputs, its results)
 
     def begin(self):
-        """A new round."""
         self.rounds += 1
         if self.rounds == WARM + 1:     # what the rounds before left in the allocator is in the way
             gc.collect()
             torch.cuda.empty_cache()
 
     def run(self, name, function, *inputs):
-        """function(*inputs), on the device. Its results are those of this round alone."""
+        """function(*inputs). Its results are those of this round alone: the next replay overwrites
+        them."""
         if self.rounds <= WARM or self.failed is None:
             return self.aside(function, [x.to(self.device, non_blocking=True) for x in inputs])
         if name not in self.recorded:
@@ -51,6 +67,10 @@ class Graphs:
             mine.copy_(x, non_blocking=True)
         graph.replay()
         return results
+
+    def kept(self, name, function, *inputs):
+        """The same of a function that gives a tree of float32 tensors, to keep."""
+        return copied(self.run(name, function, *inputs))
 
     def aside(self, function, inputs):
         """Calls the function on the stream of the graphs: what autograd remembers belongs there."""

@@ -319,8 +319,8 @@ def share_experts(model, device):
 def held(module):
     """What stands for a module whose parameters lie in parts: its attributes, and the parts that lie here."""
     parts = {name: p.to_local() for name, p in module.named_parameters()}
-    # Tokens of all ranks come here, with gradients of their own rank's mean loss. The loss is the mean of these
-    # means, and what others average, a sum of all ranks' has to be divided for.
+    # The tokens that come here bring the gradient of their own rank's mean loss, and it is summed over them.
+    # The loss is the mean over ranks: elsewhere ddp divides by their number, here this does.
     for part in parts.values():
         if part.requires_grad:
             part.register_hook(lambda grad: grad / world())

@@ -187,6 +187,23 @@ def to_numbers(row, trainer, watch):
     return row
 
 
+def keep_best(trainer, results, out):
+    """Keeps the weights if an evaluation's results are the best so far: (columns for the log, a line about it)."""
+    t = trainer.config.train
+    # the mean over the corpora, as they are weighted in training
+    weights = trainer.config.data.weights or [1.0] * len(results)
+    loss, bpb = (sum(w * r[i] for w, r in zip(weights, results.values())) / sum(weights) for i in (0, 1))
+    better = loss < trainer.best
+    if better:
+        trainer.best = loss
+        if t.keep != "last" and (trainer.done or t.init_from):      # trained weights may stay the best
+            checkpoint.save_best(out, trainer)
+    row = dict(val_loss=loss, val_bpb=bpb)
+    row |= {f"val_loss_{name}": r[0] for name, r in results.items()} if len(results) > 1 else {}
+    return row, (f"step {trainer.done:>6}/{t.max_steps}  validation {loss:.4f} nats a token, {bpb:.4f} bits a byte"
+                 f"{'  (best so far)' if better and trainer.done else ''}")
+
+
 class StopSignal:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) into a flag that the loop asks for
     between steps; the second Ctrl-C or SIGTERM stops at once. SIGHUP stays ignored under nohup."""

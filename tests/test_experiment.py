@@ -27,7 +27,6 @@ from lab.papers import jobs, overview, speed
 from lab.papers.arms import executable, expand, with_ancestors
 from lab.papers.evaluate import evaluate, routing, use_of_experts
 from lab.papers.expressions import Table, derive
-from lab.papers.figure import experiment_figure
 from lab.papers.spec import read_experiment
 from lab.papers.tables import read_table
 from lab.papers.verdict import AGAINST, FOR, HELD, NOT, concerns, judge, judge_law, read_claims
@@ -673,44 +672,6 @@ def test_curves_are_thinned_but_keep_evaluations(tmp_path):
         (0, 0), (333, 333), (1000, 1000)]
     # a mean, without a lag
     assert rows[20]["loss"] == pytest.approx(1000 - rows[20]["step"])
-
-
-def test_every_kind_of_panel_draws():
-    rows = [dict(arm=f"m-{n}", seed=s, n=n, kind="even" if n % 2 == 0 else "odd",
-                 val_loss=2 - 0.1 * n + 0.01 * s, gap=n, val_loss_one=1.0, val_loss_two=n,
-                 flops_per_token=100)
-            for n in (1, 2, 3, 4) for s in range(3)]
-    curves = [dict(arm="m-1", seed=s, step=step, tokens=10 * step, loss=3 / step)
-              for s in range(3) for step in (1, 2, 3)]
-    routes = [dict(arm="m-1", seed=0, layer=1, corpus=c, expert=e, share=0.5)
-              for c in ("one", "two") for e in (0, 1)]
-    panels = [dict(kind="lines", x="n", y="val_loss", by="kind", xscale="log2", arms=["m-*"],
-                   reference=["m-4"]),
-              dict(kind="bars", y="val_loss"), dict(kind="bars", y="gap", labels={"m-1": "one"}),
-              dict(kind="curves", x="flops", y="loss"),
-              dict(kind="matrix", columns=["val_loss_one", "val_loss_two"]),
-              dict(kind="routing", arm="m-1"),
-              dict(kind="scatter", x="gap", y="val_loss", ylabel="mine")]
-    figure = experiment_figure(panels, "title", "a caption " * 40, rows, curves, routes)
-    lines, close, far, curve, matrix, routed, scatter, *_ = figure.axes
-    assert lines.get_xlabel() == "n" and lines.get_ylabel() == "validation loss (nats per token)"
-    assert [t.get_text() for t in lines.get_legend().get_texts()] == ["m-4", "odd", "even"]
-    assert not close.patches and len(far.patches) == 4
-    assert far.get_yticklabels()[0].get_text() == "one"
-    # 3 x 100 FLOPs x tokens
-    assert list(curve.lines[0].get_xdata()) == [3000, 6000, 9000]
-    assert [t.get_text() for t in matrix.texts[:2]] == ["1.000", "1.000"] and len(routed.texts) == 4
-    assert scatter.get_ylabel() == "mine" and "a caption" in figure.get_supxlabel()
-    figure.canvas.draw()
-
-
-def test_bars_of_several_columns_of_one_arm():
-    rows = [dict(arm=arm, seed=s, a=1.0 + s, b=10.0) for arm in ("one", "two") for s in range(3)]
-    panel = dict(kind="bars", y="rise", columns=["a", "b"], arms=["one"], labels={"a": "first"})
-    ax = experiment_figure([panel], "title", "", rows, [], []).axes[0]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["first",
-                                                            "b"] and ax.get_xlabel() == "rise"
-    assert [bar.get_width() for bar in ax.patches] == [2.0, 10.0]
 
 
 # --- the page of all results ---

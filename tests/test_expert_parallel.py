@@ -5,6 +5,7 @@ router, then the training runs of jobs.json."""
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +20,12 @@ from test_train import rows, weights
 from tiny import batch_of, model_of
 from tiny import run as run_model
 
+import lab.bench as bench
 import sample
 import train
 from data.prepare import prepare
+from lab.timing import measure
+from lab.timing.moe import MoEShape
 from model import GPT, load_config
 from moe import DISPATCH, Experts, MoE, dispatch_across, dispatch_loop
 from routers import ROUTERS, Routing
@@ -34,16 +38,14 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not Path
                                 reason="needs torch.distributed and /proc")
 EXPERT = {"train.parallel": "expert"}
 SAME = {                                                        # as one process trains them
-    "topk": {"ffn.router": "topk", "ffn.z_loss": 0.1, "ffn.balance_loss": 1},
-    "shared": {"ffn.router": "topk", "train.grad_accum": 2, "ffn.n_shared": 1, "ffn.dispatch": "loop",
-               "train.grad_clip": 0.1},
+    "topk": {"ffn.router": "topk", "ffn.z_loss": 0.1, "ffn.balance_loss": 1, "train.grad_accum": 2,
+             "ffn.n_shared": 1, "train.grad_clip": 0.1},
     "sigmoid": {"ffn.router": "sigmoid", "ffn.bias_rate": 0.1, "ffn.dispatch": "padded"},
-    "soft": {"ffn.router": "soft"},
+    "soft": {"ffn.router": "soft", "ffn.dispatch": "loop", "lifelong.freeze": "*experts.w_in"},
     "hash": {"ffn.router": "hash", "ffn.top_k": 1, "ffn.hash_table": "balanced"},
     # all tokens are of domain 0, so that nobody visits the experts of the second process
     "domain": {"ffn.router": "domain", "ffn.n_expert": 2, "ffn.top_k": 1, "data.name": "two,one",
-               "data.weights": "1,0"},
-    "frozen": {"lifelong.freeze": "*experts*"}}
+               "data.weights": "1,0"}}
 # each process draws, limits or assigns for itself, as it does in ddp
 ROUTED = {name: {} for name in ROUTERS} | {"limited": {"ffn.capacity_factor": 1}}
 HALF = {"train.schedule": "constant", "train.max_steps": 3}
@@ -114,7 +116,9 @@ def one_model(kind, more):
 def main(folder):
     torch.set_num_threads(1)
     with parallel.processes():
-        for seed in range(12):
+        rows, sizes = torch.randn(3, 4).bfloat16(), [[1, 2], [2, 1]][parallel.rank()]
+        assert parallel.exchange(parallel.exchange(rows, sizes, sizes), sizes, sizes).equal(rows)
+        for seed in range(8):
             for path in ("loop", "padded", "grouped"):
                 one_exchange(seed, path)
         for name, more in ROUTED.items():
@@ -143,11 +147,9 @@ def folder(tmp_path_factory):
 def results(folder):
     """(status, output) of both processes by name of run."""
     jobs = {kind: arguments(folder, kind, **more, **EXPERT) for kind, more in SAME.items()}
-    jobs |= {"half": arguments(folder, "half", **HALF, **EXPERT),
+    jobs |= {"half": arguments(folder, "half", **HALF | {"train.sample_tokens": 8}, **EXPERT),
              "expert resumes": ["--out", str(folder / "expert resumes"), "--resume", "--train.max_steps=6",
                                 "--train.parallel=expert"],
-             "speaks": arguments(folder, "speaks", **HALF, **EXPERT, **{
-                 "train.sample_tokens": 8, "train.dtype": "bfloat16"}),
              "odd": arguments(folder, "odd", **EXPERT, **{"ffn.n_expert": 3}),
              "dense": arguments(folder, "dense", **EXPERT, **{"ffn.kind": "dense"}),
              "compiled": arguments(folder, "compiled", **EXPERT, **{"train.compile": "on"})}
@@ -178,7 +180,7 @@ def test_two_processes_train_what_one_trains(kind, folder, results):
     same_numbers(folder / kind, alone)
     same_weights(folder / kind, alone)
     if kind == "domain":
-        assert {row["load_0"] for row in rows(alone)[1:]} == {"128 0"}
+        assert {row["expert_load"] for row in rows(alone)[1:]} == {"128 0;128 0"}
 
 
 def test_every_router_that_is_the_same_in_ddp_is_here():
@@ -199,12 +201,12 @@ def test_a_checkpoint_goes_on_with_any_number_of_processes(folder, results):
 
 
 def test_sampling_and_what_is_told(folder, results, capsys):
-    """In bfloat16; parameters are those of the whole model."""
-    (status, said), (other, _) = results["speaks"]
-    assert status == other == 0 and "--- sample ---" in said
-    whole = GPT(load_config(folder / "speaks" / "config.toml", []))
+    """Both processes sample together; parameters are those of the whole model; anyone reads the checkpoint."""
+    (_, said), _ = results["half"]
+    assert "--- sample ---" in said
+    whole = GPT(load_config(folder / "half" / "config.toml", []))
     assert f"{whole.num_params().total:,} parameters, {whole.num_params().active:,} active" in said
-    assert sample.main([str(folder / "speaks"), "--tokens", "4", "--seed", "1"]) == 0
+    assert sample.main([str(folder / "half"), "--tokens", "4", "--seed", "1"]) == 0
     assert capsys.readouterr().out
 
 
@@ -236,7 +238,20 @@ def test_neither_compiled_nor_captured(monkeypatch):
         resolve_graph(config, cuda, "")
 
 
-def test_padded_takes_no_rows():
+def test_bench_counts_bytes(tmp_path, monkeypatch):
+    """Every token visits both experts, so that each process sends all its 8 tokens away, and brings 8 home."""
+    monkeypatch.setattr(bench, "find_machine", partial(measure.find_machine, size=64, copy_mib=1))
+    monkeypatch.setattr(bench, "MOE_SHAPES", {"cpu": [MoEShape(T=16, d=32, E=2, k=2, n=16)]})
+    assert bench.main(["parallel", "--device", "cpu", "--shapes", "quick", "--json", str(tmp_path / "rows")]) == 0
+    table = [row for row in json.loads((tmp_path / "rows").read_text()) if "ceiling" not in row["path"]]
+    assert [row["path"] for row in table] == 2 * ["one process", "two processes", "exchange"]
+    assert all(row["ms"] > 0 for row in table)
+    there, home = 8 * (4 * 32 + 4), 8 * 4 * 32
+    for row, n_bytes in zip(table[2::3], (8 + there + home, 8 + 2 * (there + home))):
+        assert row["note"].startswith(f"{n_bytes / 2 ** 20:.3g} MiB to the other process")
+
+
+def test_no_rows():
     """A process to whose experts no token goes has nothing to compute, and gradients of 0."""
     for path in ("loop", "padded", "grouped"):
         experts = Experts(2, 8, 4, "swiglu")

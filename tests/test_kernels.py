@@ -19,7 +19,8 @@ from hypothesis import given, settings, strategies as st
 
 from kernels import common, moe, parts, peer as kernels_peer, product_keys
 from kernels.common import tl
-from kernels.moe import gated_activation, gated_activation_backward, permute, unpermute
+from kernels.moe import (gated_activation, gated_activation_backward, invert, permute,
+                         unpermute)
 from kernels.peer import peer_backward_table, peer_backward_tokens, peer_forward
 from kernels.product_keys import RetrieveFused, product_key_experts, sub_key_gradient
 from ffn import Context
@@ -59,6 +60,15 @@ def expert_order(N, k, n_expert, seed):
     experts = torch.randint(0, n_expert, (N * k,), generator=torch.Generator().manual_seed(seed))
     order = experts.argsort(stable=True).to(DEVICE)
     return order, torch.empty_like(order).scatter_(0, order, torch.arange(N * k, device=DEVICE))
+
+
+@kernel_or_twin
+@pytest.mark.parametrize("P", [0, 1, 1023, 2500])
+def test_invert_is_the_inverse(kernel, P):
+    order = torch.randperm(P, generator=torch.Generator().manual_seed(P)).to(DEVICE)
+    short, inverse = invert(order, kernel)
+    assert short.dtype == inverse.dtype == torch.int32 and torch.equal(short.long(), order)
+    assert torch.equal(inverse.long(), order.argsort())
 
 
 # ---- the permute path ----
@@ -476,6 +486,18 @@ def test_permute_past_2_31(run_program, direction, rows, width):
     tiles = -(-rows // block) * (width // columns)
     run_program(kernel, (tiles - 1, 0), source, index, out, rows, 1, width, block, columns)
     assert torch.equal(out[-block:, -columns:], source[-block:, -columns:].flip(0))
+
+
+def test_invert_up_to_2_31(run_program):
+    """The last block of as many pairs as there may be, in reverse order."""
+    P = BIG - 8
+    order = untouched(P, dtype=torch.int64)
+    short, inverse = (untouched(P, dtype=torch.int32) for _ in range(2))
+    last = (P - 1) // 1024 * 1024
+    order[last:] = torch.arange(P - 1, last - 1, -1)
+    run_program(moe._invert_kernel, (last // 1024, 0), order, short, inverse, P, 1024)
+    for found in (short, inverse):
+        assert torch.equal(found[last:].long(), order[last:])
 
 
 @wide_or_tall

@@ -11,7 +11,7 @@ from tiny import BASE, batch_of
 import kernels.mamba as kernels_mamba
 import sample
 import train
-from data.corpora import recall, sources
+from data.corpora import recall
 from data.prepare import prepare
 from kernels import common
 from lab import bench
@@ -19,7 +19,7 @@ from lab.papers.probes import PROBES
 from lab.timing import mamba as bench_mamba
 from lab.timing import measure
 from mamba import Mamba, convolve, scan, scan_loop
-from model import GPT, attention_layers, load_config
+from model import GPT, Output, attention_layers, load_config
 from settings import ConfigError, ModelConfig
 from train import build_optimizer
 
@@ -332,46 +332,38 @@ def test_compiled_in_one_graph():
 
 # ---- the corpus `recall`, its probe, the bench
 
-def test_recall_lines_are_dictionaries():
-    text = next(recall.documents("train"))
-    rows = text.split("\n")[:-1]
-    assert {len(row) for row in rows} == {127} and text == next(recall.documents("train"))
-    assert not set(rows) & set(next(recall.documents("val")).split("\n"))
+def test_recall_lines_are_dictionaries(tmp_path):
+    rows = next(recall.documents("train")).reshape(-1, 128).tolist()
+    assert rows == next(recall.documents("train")).reshape(-1, 128).tolist()
+    others = next(recall.documents("val")).reshape(-1, 128).tolist()
+    assert not {tuple(row) for row in rows} & {tuple(row) for row in others}
     sizes = set()
     for row in rows:
-        assert row.endswith(".")
-        pairs = list(zip(row[0:126:2], row[1:126:2]))
-        digit_of = dict(pairs)
-        assert all(digit_of[letter] == digit for letter, digit in pairs)
-        sizes.add(len(digit_of))
-    assert max(sizes) <= 32 and {2, 4, 8} <= sizes and max(sizes) > 24
-    asked, values = recall.lines(3, 50, [16])
-    assert (recall.known(asked).sum(1) == [63 - len(set(row)) for row in asked]).all()
-    assert sources.is_known("recall") and sources.resolve("recall").name == "recall"
+        pairs = set(zip(row[::2], row[1::2]))
+        assert len(pairs) == len(dict(pairs))                           # one answer for a letter
+        assert all(letter < 24 and (answer - 24) // 9 == letter for letter, answer in pairs)
+        sizes.add(len(pairs))
+    assert {2, 4, 8} <= sizes and 20 < max(sizes) <= 24
+    lines = recall.lines(3, 50, [16])
+    assert (recall.known(lines).sum(1) == [64 - len(set(row)) for row in lines[:, ::2].tolist()]).all()
+    (folder,) = prepare(["recall"], "bpe", out=tmp_path, max_tokens=5000, quiet=True)
+    assert folder.name == "recall-byte"                                 # it brings its tokenizer
 
 
-def test_recall_probe_against_models_that_know_all_and_nothing(tmp_path):
-    class Oracle:
-        """Looks up what a line has told; guesses 0 where it has not."""
+@pytest.mark.parametrize("right", [True, False])
+def test_recall_probe_against_a_model_that_knows_all_or_nothing(right):
+    def oracle(ids):
+        """Looks up what a line has told; the wrong one takes the next symbol."""
+        logits = torch.zeros(*ids.shape, 256)
+        for row, out in zip(ids.tolist(), logits):
+            told = dict.fromkeys(row, 0)
+            for i in range(0, 128, 2):
+                out[i, (told[row[i]] + (not right)) % 256] = 1
+                told[row[i]] = row[i + 1]
+        return Output(logits, None, None, [])
 
-        def __init__(self, right):
-            self.right = right
-
-        def __call__(self, ids):
-            logits = torch.zeros(*ids.shape, 256)
-            for row, out in zip(ids.tolist(), logits):
-                told = {}
-                for i in range(0, 126, 2):
-                    digit = told.get(row[i], 48)
-                    out[i, digit if self.right else 48 + (digit - 47) % 10] = 1
-                    told[row[i]] = row[i + 1]
-            return type("Out", (), dict(logits=logits))
-
-    config = load_config(None, {"data.name": "recall", "data.dir": str(tmp_path), "model.vocab_size": 256})
-    prepare(["recall"], "byte", out=tmp_path, max_tokens=5000, quiet=True)
-    for right in (True, False):
-        row = PROBES["recall"](Oracle(right), [], config, torch.device("cpu"), "float32")
-        assert row == {f"recall_{n}": float(right) for n in (2, 4, 8, 16, 32)}
+    row = PROBES["recall"](oracle, [], None, torch.device("cpu"), "float32")
+    assert row == {f"recall_{n}": float(right) for n in recall.SIZES}
 
 
 def test_bench_rows(monkeypatch, tmp_path, capsys):
@@ -386,7 +378,7 @@ def test_bench_rows(monkeypatch, tmp_path, capsys):
     assert bench.main(["mamba", "--shapes", "quick", "--device", "cpu", "--json", str(tmp_path / "rows.json")]) == 0
     text = (tmp_path / "rows.json").read_text()
     assert all(f'"path": "{path}"' in text for path in ("loop", "scan", "attention", "hybrid"))
-    assert "loop / scan" in capsys.readouterr().out
+    assert "times the loop's speed" in capsys.readouterr().out
 
 
 def test_bench_refuses_a_wrong_scan(monkeypatch):

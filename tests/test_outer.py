@@ -429,7 +429,7 @@ def test_one_worker_a_process_is_workers_that_take_turns(home, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*launch, tmp_path / "job.py", *arguments(home, tmp_path / "two", *more, **keys)],
                           capture_output=True, text=True, timeout=120,
-                          env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
+                          env=dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr
     assert same_bits(content(tmp_path / "one"), content(tmp_path / "two"))
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data.corpora import arithmetic, downloads, markov, recall, stdlib, textfiles
 from data.binfile import DataError
+from data.tokenizers import Tokenizer
 
 # A line in each of these two is a corpus known by name: what it is, and the function(name) that
 # makes it.
@@ -12,7 +13,8 @@ NAMES = {
     "python": "source of Python's standard library without tests and docstrings, 8 MB",
     "docs": "its docstrings, and the language reference behind help(), 2.4 MB",
     "math": "generated word problems and arithmetic with worked answers, 4 MB or --max_tokens",
-    "recall": "generated look-ups in a dictionary that each line has of its own, 4 MB or --max_tokens",
+    "recall": "generated look-ups in a dictionary that each line has for itself, 4M tokens or "
+              "--max_tokens",
     "markov": "hashed order-2 Markov source of known entropy, 8M tokens or --max_tokens",
     "markov-0": "a domain of it, as are markov-1, markov-2, ...: half of the table shared",
     "markov1024": "the same, 1024 symbols and 2^18 contexts, for a GPU; domains markov1024-0, ...",
@@ -35,7 +37,7 @@ def stem_of(path):
 
 def symbols_tokenizer(name):
     """The tokenizer that a source of symbols brings along; None for the corpora of text."""
-    return markov.tokenizer_of(name)
+    return Tokenizer.byte() if name == "recall" else markov.tokenizer_of(name)
 
 
 def takes_source(name):

@@ -50,9 +50,9 @@ class Arm:
     evaluation: dict = field(default_factory=dict)      # corpora and probes
     data: DataConfig = None             # what a trained arm reads
     lr: float = 0.0                     # of a trained arm
-    tuned: bool = False                 # some settings are the best of a grid (lab/papers/tuning.py)
+    tuned: bool = False                 # some settings are the best of a grid (tuning.py)
     waits: bool = False                 # for the runs that choose them
-    chooses: tuple = ()                 # of such a run: the tuned arm's name, the settings that it tries
+    chooses: tuple = ()                 # of such a run: the tuned arm's name, what it tries
 
     @property
     def label(self):

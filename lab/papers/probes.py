@@ -232,20 +232,18 @@ def math_right(model, batches, config, device, dtype):
 
 @torch.no_grad()
 def recall(model, batches, config, device, dtype):
-    """recall_n: the share of digits that are right in new lines of the corpus `recall` with n
-    letters, of those letters that the line has asked for before; chance is 10 %."""
-    _, tokenizer = prepared(dataclasses.replace(config.data, max_tokens=0), ["recall"])
+    """recall_n: the share of answers that are right in new lines of the corpus `recall` with n
+    letters, to those letters that the line has asked for before; chance is one of 9."""
     row = {}
     for size in look_ups.SIZES:
         # 128 lines that are in no split
-        asked, _ = lines = look_ups.lines(2**31 + size, 128, [size])
-        ids = torch.tensor([tokenizer.encode(look_ups.as_text(*line)) for line in zip(*lines)])
+        lines = look_ups.lines(2**31 + size, 128, [size])
+        ids = torch.from_numpy(lines.astype(int))
         with precision(device, dtype):
-            best = model(ids[:, :-1].to(device)).logits.argmax(-1).cpu()
-        # what follows a letter, at every second position, is its digit
-        right = (best == ids[:, 1:])[:, :2 * look_ups.LOOK_UPS:2]
-        known = torch.from_numpy(look_ups.known(asked))
-        row[f"recall_{size}"] = right[known].float().mean().item()
+            best = model(ids.to(device)).logits.argmax(-1).cpu()
+        # after a letter, at every second place, comes its answer
+        right = best[:, ::2] == ids[:, 1::2]
+        row[f"recall_{size}"] = right[torch.from_numpy(look_ups.known(lines))].float().mean().item()
     return row
 
 

@@ -4,7 +4,8 @@
     [common] [cpu] [gpu]        settings of every arm, of every arm at one size
     [arms."name-{n_keys}"]      an arm: settings, and the words of ARM (lab/papers/arms.py)
     [metrics."pattern-{m}"]     columns computed from other columns, for the arms whose name fits
-    [[panel]]                   the parts of the figure (lab/papers/figure.py)
+    [[panel]]                   the parts of the figure (lab/papers/figure.py), and in [labels] and
+    [colours]                   what its arms are called and look like
     [claims.ID]                 what the paper says, as an inequality (lab/papers/verdict.py)
 """
 import re
@@ -21,11 +22,11 @@ TOP = {"title": str, "paper": str, "caption": str, "config": str, "seeds": int, 
        # settings and the values to choose from, of every arm; {} in an arm: not tuned
        "tune": dict,
        "common": dict, "cpu": dict, "gpu": dict, "arms": dict, "metrics": dict, "panel": list,
-       "claims": dict}
+       "labels": dict, "colours": dict, "claims": dict}
 ARM = {"config": str, "grid": dict, "from": (str, list), "make": str,
        "program": str, "sizes": list, "column": dict,
        "seeds": int, "tune": dict, "cpu": dict, "gpu": dict}
-SIZE = {"config": str, "jobs": int, "tune": dict}             # what [cpu] and [gpu] may hold beside settings
+SIZE = {"config": str, "jobs": int, "tune": dict}    # what [cpu] and [gpu] may hold beside settings
 
 
 def read_experiment(path):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 import kernels.loss as loss
+import kernels.mamba as kernels_mamba
 import kernels.moe as kernels_moe
 import kernels.peer as kernels_peer
 import kernels.product_keys as product_keys
@@ -111,7 +112,8 @@ def expert_order(s):
 def kernel_permute(s, dtype):
     order, inverse = expert_order(s)
     x, y = draw(s.N, s.d, dtype=dtype), draw(s.N * s.k, s.d, dtype=dtype)
-    got = [kernels_moe.permute(x, order, s.k, True), kernels_moe.unpermute(y, inverse, s.k, True)]
+    short, back = kernels_moe.invert(order, True)
+    got = [kernels_moe.permute(x, short, s.k, True), kernels_moe.unpermute(y, back, s.k, True)]
     want = [kernels_moe.permute_torch(x.double(), order, s.k),
             kernels_moe.unpermute_torch(y.double(), inverse, s.k)]
     return ("permute", "unpermute"), got, want
@@ -182,6 +184,22 @@ def kernel_split(s, dtype):
             [t.double()] * 2)
 
 
+def kernel_scan(s, dtype):
+    """Float32 whatever the dtype: that is what mamba.py hands over."""
+    B, T, c, n = 2, s.N, s.w - 1, 13
+    x, delta, write = draw(B, T, c), draw(T, B, c).transpose(0, 1).exp(), draw(B, T, n)
+    tensors = [x, delta, -draw(n, c).exp(), write, write.flip(1), draw(B, n, c)]
+    dy, dh = x.flip(1), draw(B, n, c)
+    wide = [t.double() for t in tensors]
+    y, starts = kernels_mamba.scan(*tensors, kernel=True)
+    y64, starts64 = kernels_mamba.scan(*wide, kernel=False)
+    got = kernels_mamba.scan_backward(dy, dh, *tensors[:5], starts, kernel=True)
+    want = kernels_mamba.scan_backward(dy.double(), dh.double(), *wide[:5], starts64, kernel=False)
+    names = "x", "delta", "rate", "write", "read", "h"
+    return (("y", "states", *(f"gradient of {name}" for name in names)), [y, starts, *got],
+            [y64, starts64, *want])
+
+
 def kernel_softmax(s, dtype):
     z, targets = draw(s.N, s.V, dtype=dtype), choose(s.V, s.N)
     targets[::5] = loss.IGNORE
@@ -193,7 +211,8 @@ KERNELS = {"permute": kernel_permute,
            **{f"activation {name}": partial(kernel_activation, name)
               for name in ("swiglu", "gelu", "silu", "relu", "relu2")},
            **{f"peer {case}": partial(kernel_peer, case) for case in ("uniform", "few", "one")},
-           "product keys": kernel_keys, "bfloat16 parts": kernel_split, "softmax gradient": kernel_softmax}
+           "product keys": kernel_keys, "bfloat16 parts": kernel_split,
+           "selective scan": kernel_scan, "softmax gradient": kernel_softmax}
 
 
 def check_kernel(function, s, dtype, end):

@@ -62,7 +62,8 @@ def moe(d, w, k, dtype):
     print(f"d {d} w {w} k {k} {dtype}")
     x = torch.zeros(32, d, dtype=dtype)
     order, weight = torch.arange(32 * k), torch.zeros(32 * k)
-    moe_kernels.unpermute(moe_kernels.permute(x, order, k), order, k)
+    order, inverse = moe_kernels.invert(order)
+    moe_kernels.unpermute(moe_kernels.permute(x, order, k), inverse, k)
     for activation, width in (("swiglu", 2 * w), ("gelu", w)):
         h = torch.zeros(32 * k, width, dtype=dtype)
         a = moe_kernels.gated_activation(h, weight, activation)

@@ -97,8 +97,9 @@ def main(argv=None):
         parser.add_argument("--json", metavar="FILE", help="also write the rows there")
         options, _ = parse(parser, argv)
         rows = [row for name in LAYERS for row in rows_of(name)]
+        print(f"{'layer':31} {'path':9} {'dtype':9} bytes a token")
         for row in rows:
-            print(f"{row['layer']:31} {row['path']:9} {row['dtype']:9} {row['bytes']:>8,} bytes a token")
+            print(f"{row['layer']:31} {row['path']:9} {row['dtype']:9} {row['bytes']:>13,}")
         if options.json:
             found = dict(d=D, torch=torch.__version__, rows=rows)
             write_text(Path(options.json), json.dumps(found, indent=1) + "\n")
