@@ -298,9 +298,8 @@ def test_in_maps_dark_is_little_and_white_is_none():
              for corpus, shares in (("x", (0, 1)), ("y", (0.25, 0.75)))
              for e, share in enumerate(shares)]
     rows = [dict(arm=arm, seed=0, one=one, two=2 * one) for arm, one in (("a", 1.0), ("b", 1.5))]
-    figure = experiment_figure([dict(kind="routing", arm="a"),
-                                dict(kind="matrix", columns=["one", "two"])], "", "", rows, [],
-                               paths)
+    panels = [dict(kind="routing", arm="a"), dict(kind="matrix", columns=["one", "two"])]
+    figure = experiment_figure(dict(panel=panels), {}, rows, [], paths)
     shares, losses = (ax.images[0] for ax in figure.axes[:2])
     assert shares.get_array().mask.tolist() == [[True, False], [False, False]]
     assert losses.get_array().tolist() == [[0, 0], [0.5, 1]]

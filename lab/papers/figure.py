@@ -22,6 +22,7 @@ else each gets its own. An arm looks the same in all panels. What has no rows is
 """
 import re
 import textwrap
+from collections import Counter
 
 from lab.drawing.measured import COLOURS, Data
 from lab.drawing.panels import DRAW, bars_of
@@ -163,8 +164,8 @@ def finish(ax, panel):
 
 def caption(spec, data, panels):
     """What the paper says, what was found, and what marks and bands are."""
-    seeds = sorted({len(data.values(arm, "val_loss")) for arm in data.arms({})} - {0})
-    n = " to ".join(map(str, sorted({*seeds[:1], *seeds[-1:]})))
+    seeds = Counter(row["arm"] for row in data.rows).values()
+    n = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
     found = [f"{head}: {verdict}" for head, verdict in findings(data)]
     lines = [spec.get("caption", ""), f"Here: {'; '.join(found)}." if found else "",
              f"n = {n} seed{'s' * (n != '1')}. " + " ".join(meanings(panels))]

@@ -256,6 +256,22 @@ def peer_layer(results):
     return lines
 
 
+def saved_bytes(results):
+    """What a layer keeps for its backward pass."""
+    found = json.loads((results / "saved-bytes.json").read_text(encoding="utf-8"))
+    size = {(row["layer"], row["path"], row["dtype"]): row["bytes"] for row in found["rows"]}
+    lines = ["### What a layer keeps for backward", "",
+             f"Bytes for each token and layer of width {found['d']}, the layer's input included. "
+             "The grouped and fused paths gather rows and apply the activation again in backward, "
+             "PEER's read the table again: a second read costs less than memory for all rows. "
+             "`python -m lab.timing.saved` ([saved-bytes.json](saved-bytes.json)).", "",
+             "| layer | path | float32 | bfloat16 |", "|---|---|---|---|"]
+    for layer, path in dict.fromkeys((layer, path) for layer, path, _ in size):
+        cells = [f"{size[layer, path, dtype]:,}" for dtype in DTYPES]
+        lines.append(f"| {layer} | {path} | {' | '.join(cells)} |")
+    return lines
+
+
 def million(results):
     """A training run with a million experts."""
     found = json.loads((results / "peer-million-cpu.json").read_text(encoding="utf-8"))
@@ -288,9 +304,12 @@ def page(results):
               "`python -m lab.papers.overview` writes this page from the files beside it."],
              claims_part(results), ["## Timings"], training(results), step_time(results),
              moe_layer(results),
-             peer_layer(results), million(results), torture(results)]
+             peer_layer(results), saved_bytes(results), million(results), torture(results)]
+    cards = sorted(path.parent.name for path in results.glob("gpu/*/README.md"))
+    links = ", ".join(f"[{card}](gpu/{card}/README.md)" for card in cards)
     if not gpu:
-        parts.append(["### GPU", "", "Nothing has been measured on a GPU yet."])
+        parts.append(["### GPU", "", f"On cards: {links}." if cards else
+                      "Nothing has been measured on a GPU yet."])
     return "\n\n".join("\n".join(map(wrapped, part)) for part in parts) + "\n"
 
 

@@ -16,6 +16,7 @@ from data.corpora import recall as look_ups
 from data.corpora.arithmetic import as_text, final_answer, problems, prompt
 from data.prepare import prepared
 from grow.hidden_units import hidden_units
+from lab.papers.inside import can_lose, chance, inside, whole_sequence, without
 from routers import top_expert
 from runtime.device import precision
 from sample import generate
@@ -79,7 +80,7 @@ def surgery(model, batches, config, device, dtype):
                           best: the mean over all of them
     """
     layers = [model.blocks[i].ffn for i in model.sparse]
-    if not layers or not all(hasattr(getattr(layer, "router", None), "score") for layer in layers):
+    if not layers or not all(map(can_lose, layers)):
         return {}
 
     def loss():
@@ -92,15 +93,8 @@ def surgery(model, batches, config, device, dtype):
         return total / tokens
 
     def loss_without(expert):
-        gone = torch.tensor([expert], device=device)
-        # A logit of minus infinity is never chosen.
-        hooks = [layer.router.score.register_forward_hook(
-            lambda module, x, logits: logits.index_fill(-1, gone, -torch.inf)) for layer in layers]
-        try:
+        with without(model, expert):
             return loss()
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     # Each routed expert in turn.
     whole, E = loss(), layers[0].n_expert
@@ -249,4 +243,4 @@ def recall(model, batches, config, device, dtype):
 
 PROBES = {"repeats": repeats, "surgery": surgery, "groups": groups, "overflow": overflow,
           "expert_cosine": expert_cosine, "logits": logits, "math_right": math_right,
-          "recall": recall}
+          "recall": recall, "inside": inside, "chance": chance, "whole_sequence": whole_sequence}

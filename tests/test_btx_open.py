@@ -1,0 +1,238 @@
+"""What Branch-Train-MiX left open: information between expert and domain, experts that are knocked
+out, whole sequences to one expert, mixtures of data, loss on answers alone."""
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from data.batches import Batches
+from data.prepare import prepare
+from grow.btx import mix
+from grow.parents import Parent
+from lab.papers import inside, probes
+from lab.papers.evaluate import routing as routing_row
+from routers import pairs
+from tiny import batch_of, model_of
+
+CPU = torch.device("cpu")
+SHARES = st.integers(1, 5).flatmap(lambda C: st.integers(1, 6).flatmap(lambda E: st.lists(
+    st.lists(st.integers(0, 50), min_size=E, max_size=E).filter(any), min_size=C, max_size=C)))
+
+
+# --- mutual information ---
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHARES, st.randoms(use_true_random=False))
+def test_information_is_bounded_and_knows_no_names(rows, rng):
+    """At least 0, at most log min(E, C), the same for any order of experts and of corpora."""
+    table = inside.alike(torch.tensor(rows, dtype=torch.float64))
+    C, E = table.shape
+    found = inside.information(table)
+    assert -1e-12 <= found <= math.log(min(C, E)) + 1e-12
+    shuffled = table[rng.sample(range(C), C)][:, rng.sample(range(E), E)]
+    assert inside.information(shuffled) == pytest.approx(found, abs=1e-12)
+    # what a row of results calls specialisation
+    if C > 1:
+        loads = {0: {str(c): table[c] for c in range(C)}}
+        row = routing_row(loads, [str(c) for c in range(C)])
+        assert row["specialisation"] == pytest.approx(found, abs=1e-12)
+
+
+def test_information_of_equal_rows_is_none_and_of_a_permutation_all():
+    equal = torch.tensor([[3.0, 1, 0]]).double().expand(4, 3)
+    assert inside.information(equal) == pytest.approx(0, abs=1e-12)
+    assert inside.information(torch.eye(4).double()[[2, 0, 3, 1]]) == pytest.approx(math.log(4))
+
+
+def two_corpora(n=6, T=8):
+    """n batches of 3 sequences, three of each corpus; corpus b has other tokens than a."""
+    batches = []
+    for seed in range(n):
+        x, y, _ = batch_of(T=T, vocab=16, seed=seed)
+        other = 16 * (seed % 2)
+        batches.append((x + other, y + other, torch.full((3,), seed % 2), 0, "ab"[seed % 2]))
+    return batches
+
+
+def force(model, expert):
+    """Every layer sends every token to expert(token ids (B, T)) alone."""
+    for block in model.blocks:
+        def choose(x, ctx, router=block.ffn.router):
+            best = expert(ctx.token_ids).reshape(-1, 1)
+            probs = torch.full((len(x), router.n_expert), 1 / router.n_expert)
+            return pairs(best, torch.ones(len(x), 1), probs=probs)
+        block.ffn.router.forward = choose
+
+
+def measured(probe, model, batches=None):
+    return probe(model.eval(), batches or two_corpora(), model.config, CPU, "float32")
+
+
+def test_chance_is_the_information_of_shuffled_labels():
+    model = model_of("switch")
+    force(model, lambda ids: ids // 16)                             # the corpus decides
+    row = measured(inside.chance, model)
+    # 18 sequences, a balanced split of which meets the true one in 2 of 48,620 draws
+    assert 0 < row["specialisation_chance"] < 0.2 and row["specialisation_p"] < 0.02
+    force(model, lambda ids: torch.zeros_like(ids))
+    assert measured(inside.chance, model) == dict(specialisation_chance=0, specialisation_p=1)
+    assert measured(inside.chance, model, [two_corpora()[0]]) == {}
+    assert measured(inside.chance, model_of("dense")) == {}
+
+
+def test_inside_tells_domains_from_bytes():
+    model = model_of("switch")
+    force(model, lambda ids: ids % 4)                               # the token decides
+    row = measured(inside.inside, model)
+    assert row["domain_beyond_byte"] == pytest.approx(0, abs=1e-9)
+    assert row["byte_information"] == pytest.approx(math.log(4), abs=0.05)
+    force(model, lambda ids: ids // 16)                             # the corpus decides
+    row = measured(inside.inside, model)
+    assert row["domain_information"] == pytest.approx(math.log(2))
+    for kind in ("dense", "peer", "pkm"):
+        assert measured(inside.inside, model_of(kind)) == {}
+
+
+def test_the_bytes_of_an_expert_are_those_that_it_gets_more_often_than_others():
+    p = torch.full((256, 2), 1e-6, dtype=torch.float64)
+    p[ord("e"), 0], p[10, 1], p[200, 1], p[32] = 0.3, 0.2, 0.1, 0.2     # a space says nothing
+    first, second = inside.telling(p / p.sum())
+    assert first.split()[0] == "e" and second.split()[:2] == ["newline", "0xc8"]
+
+
+# --- knock-out ---
+
+
+def test_without_an_expert_that_nobody_uses_nothing_changes():
+    model, (idx, _, _) = model_of("topk").eval(), batch_of()
+    with torch.no_grad():
+        for block in model.blocks:                                  # three experts for all tokens
+            block.ffn.router.score.weight[3] = 0
+            block.ffn.router.score.weight[0] = -block.ffn.router.score.weight[1]
+    before = model(idx)
+    used = {int(e) for s in before.stats for e in s.routing.expert}
+    row = measured(inside.inside, model, [(*batch_of()[:2], torch.zeros(3).long(), 0, "a")])
+    for e in range(4):
+        with inside.without(model, e):
+            after = model(idx)
+        assert all(e not in s.routing.expert for s in after.stats)
+        assert torch.equal(before.logits, after.logits) == (e not in used)
+        assert (row[f"without_{e}_a"] == 0) == (e not in used)
+    assert torch.equal(before.logits, model(idx).logits)            # put back
+
+
+def test_knocked_out_experts_swap_as_their_names_do():
+    model, order = model_of("topk"), torch.tensor([2, 0, 3, 1])
+    before = measured(inside.inside, model)
+    with torch.no_grad():
+        for block in model.blocks:
+            for p in (block.ffn.router.score.weight, *block.ffn.experts.parameters()):
+                p.copy_(p[order].clone())
+    after = measured(inside.inside, model)
+    for e, old in enumerate(order.tolist()):
+        assert after[f"without_{e}_a"] == pytest.approx(before[f"without_{old}_a"], abs=1e-5)
+    for name in ("byte_information", "domain_information"):
+        assert after[name] == pytest.approx(before[name], abs=1e-9)
+
+
+# --- whole sequences ---
+
+
+def test_a_sequence_of_one_token_is_routed_as_its_token():
+    model, (idx, _, domain) = model_of("topk").eval(), batch_of(B=8, T=1)
+    found = []
+    for way in ("token", "start", "mean"):
+        with inside.one_expert(model, way):
+            found.append(model(idx, domain=domain).logits)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], model(idx).logits)             # which has two experts a token
+
+
+def test_whole_sequences_go_to_one_expert_and_tokens_do_not():
+    model, (idx, _, domain) = model_of("topk").eval(), batch_of(B=4, T=12)
+    for way in inside.WAYS:
+        with inside.one_expert(model, way):
+            stats = model(idx, domain=domain).stats
+        experts = torch.stack([s.routing.expert.view(4, 12) for s in stats])
+        assert (experts == experts[..., :1]).all() == (way != "token")
+        if way == "label":
+            assert torch.equal(experts[..., 0], domain.expand(2, 4))
+
+
+def branch(seed_model, change):
+    """A Parent with other hidden units than the seed, all else alike."""
+    model = model_of("dense", DENSE).eval()
+    model.load_state_dict(seed_model.state_dict())
+    generator = torch.Generator().manual_seed(change)
+    for name, p in model.named_parameters():
+        if ".ffn." in name and change:
+            p.data += 0.3 * torch.randn(p.shape, generator=generator)
+    header = dict(ancestry=dict(kind="train", start="same", parents=[]))
+    return Parent(f"runs/{change}", model, model.config, Same(), header)
+
+
+class Same:
+    name = fingerprint = "same"
+
+
+DENSE = {"ffn.d_ff": 16, "ffn.activation": "gelu"}
+
+
+def test_with_one_trunk_the_label_gives_the_branch():
+    seed = model_of("dense", DENSE)
+    parents = [branch(seed, change) for change in (1, 2, 3)]
+    _, mixed = mix(parents, [], seed=0)
+    idx, _, _ = batch_of()
+    assert not torch.allclose(parents[0].model(idx).logits, parents[1].model(idx).logits)
+    for j, parent in enumerate(parents):
+        with inside.one_expert(mixed, "label"):
+            logits = mixed(idx, domain=torch.full((3,), j)).logits
+        torch.testing.assert_close(logits, parent.model(idx).logits)
+
+
+def test_one_more_expert_that_is_never_chosen_changes_nothing():
+    seed = model_of("dense", DENSE)
+    parents = [branch(seed, change) for change in (1, 2, 3, 4)]
+    (_, three), (_, four) = mix(parents[:3], [], seed=0), mix(parents, [], seed=0)
+    idx, _, _ = batch_of()
+    with torch.no_grad():
+        for ours, theirs in zip(four.blocks, three.blocks):
+            ours.ffn.router.score.weight[:3] = theirs.ffn.router.score.weight
+    with inside.without(four, 3):
+        torch.testing.assert_close(four(idx).logits, three(idx).logits)
+
+
+def test_the_probe_of_whole_sequences(monkeypatch):
+    monkeypatch.setattr(inside, "START", 3)
+    model, batches = model_of("topk").eval(), two_corpora()
+    row = measured(probes.PROBES["whole_sequence"], model, batches)
+    tail = [torch.nn.functional.cross_entropy(model(x, domain=d).logits[:, 3:].flatten(0, 1),
+                                              y[:, 3:].flatten()).item()
+            for x, y, d, *_ in batches]
+    assert row["val_loss_tail"] == pytest.approx(sum(tail) / len(tail))
+    assert set(row) == {"val_loss_tail", *(f"val_loss_by_{way}" for way in inside.WAYS)}
+    assert len(set(row.values())) == 5
+    for kind in ("dense", "peer", "hash"):
+        assert measured(probes.PROBES["whole_sequence"], model_of(kind), batches) == {}
+
+
+# --- mixtures of data ---
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    for name, line in (("one", "def f(x): return x + 1\n"), ("two", "all happy families. "),
+                       ("three", "1 + 1 = 2\n")):
+        (home / f"{name}.txt").write_text("".join(f"{i} {line}" for i in range(100)))
+    return prepare([str(home / f"{n}.txt") for n in ("one", "two", "three")],
+                   out=home / "prepared", quiet=True)
+
+
+def test_weights_of_one_domain_are_going_on_with_that_domain(folders):
+    alone, weighed = Batches(folders[:1], [], 16, 4, 3), Batches(folders, [1, 0, 0], 16, 4, 3)
+    for step in (0, 1, 7, 300):
+        for a, b in zip(alone.batch(step), weighed.batch(step)):
+            assert torch.equal(a, b)
