@@ -81,7 +81,13 @@ def speed_up(trainer, say):
     shows in the first steps: see go_on_uncompiled, go_on_uncaptured. Raises ConfigError."""
     config, device, model = trainer.config, trainer.device, trainer.model
     trainer.say = say
-    graph, why_graph = resolve_graph(config, device, model.not_captured(getattr(torch, config.train.dtype)))
+    why_not = ""
+    if device.type == "cuda":
+        try:
+            why_not = model.not_captured(getattr(torch, config.train.dtype))
+        except ValueError as e:                     # a dispatch that cannot run at all
+            raise ConfigError(str(e)) from None
+    graph, why_graph = resolve_graph(config, device, why_not)
     if graph:
         trainer.graphs = Graphs(device, functools.partial(go_on_uncaptured, trainer))
     left = config.train.max_steps - trainer.done

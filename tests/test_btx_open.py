@@ -6,14 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+import train
+from data.answers import IGNORE, spans
 from data.batches import Batches
+from data.binfile import DataError
+from data.corpora.arithmetic import as_text
 from data.prepare import prepare
+from data.tokenizers import Tokenizer
 from grow.btx import mix
 from grow.parents import Parent
+from kernels import loss
 from lab.papers import inside, probes
 from lab.papers.evaluate import routing as routing_row
 from routers import pairs
-from tiny import batch_of, model_of
+from runtime import checkpoint
+from tiny import batch_of, model_of, run
 
 CPU = torch.device("cpu")
 SHARES = st.integers(1, 5).flatmap(lambda C: st.integers(1, 6).flatmap(lambda E: st.lists(
@@ -236,3 +243,132 @@ def test_weights_of_one_domain_are_going_on_with_that_domain(folders):
     for step in (0, 1, 7, 300):
         for a, b in zip(alone.batch(step), weighed.batch(step)):
             assert torch.equal(a, b)
+
+
+# --- the loss of answers alone ---
+
+
+QUESTIONS = "".join(f"Q: {i} + {i}?\nA: {i} + {i} = {2 * i}\n\nsure\n#### {2 * i}\n\n"
+                    for i in range(1, 300))
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Prepared folders of a text of questions: by bytes, and by a BPE."""
+    home = tmp_path_factory.mktemp("asked")
+    (home / "asked.txt").write_text(QUESTIONS)
+    return {kind: prepare([str(home / "asked.txt")], kind, 300, out=home / kind, quiet=True)
+            for kind in ("byte", "bpe")}
+
+
+def test_answers_reach_to_the_next_question():
+    text = b"Q: a\nb?\nA: one\n\ntwo\n\nQ: c\nA: three"
+    assert [text[a:b] for a, b in spans(text)] == [b" one\n\ntwo\n\n", b" three"]
+    assert spans(b"# " + text) == [] and spans(b"") == []
+    for questions in (as_text("x?", "1 + 1 = 2", "2") * 3, QUESTIONS):
+        ends = [questions[b - 2:b] for _, b in spans(questions.encode())]
+        assert ends == ["\n\n"] * questions.count("Q: ")
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_targets_are_the_tokens_of_answers_alone(asked, kind):
+    """What is left of the targets, decoded, is what stands behind each A: in the window."""
+    folder = asked[kind][0]
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    plain, only = Batches([folder], [], 64, 4, 0), Batches([folder], [], 64, 4, 0, True)
+    for step in range(6):
+        (x, y, domain), (x2, y2, domain2) = plain.batch(step), only.batch(step)
+        assert torch.equal(x, x2) and torch.equal(domain, domain2)
+        kept = y2 != IGNORE
+        assert torch.equal(y2[kept], y[kept]) and kept.any() and not kept.all()
+        for row, keep in zip(y, kept):
+            text, first = tokenizer.decode(row.tolist()), row.tolist()
+            begin = text.find("Q: ")
+            # from the first whole question of the window on
+            skip = next(i for i in range(65) if len(tokenizer.decode(first[:i])) >= begin)
+            rest = tokenizer.decode(first[skip:])
+            if kind == "byte" and begin >= 0:
+                want = "".join(rest[a:b] for a, b in spans(rest.encode()))
+                got = tokenizer.decode([t for t, k in zip(first[skip:], keep[skip:]) if k])
+                assert got == want
+            # a question is never learned
+            got = tokenizer.decode([t for t, k in zip(first, keep) if k])
+            assert "Q: " not in got and "?" not in got
+
+
+def test_other_text_keeps_its_targets_and_alone_is_refused(asked, folders):
+    plain, only = (Batches([folders[0], asked["byte"][0]], [], 16, 8, 0, flag)
+                   for flag in (False, True))
+    x, y, domain = only.batch(0)
+    assert torch.equal(y[domain == 0], plain.batch(0)[1][domain == 0])
+    assert (y[domain == 1] == IGNORE).any()
+    with pytest.raises(DataError, match="data.answers_only: none of the corpora"):
+        Batches(folders, [], 16, 8, 0, True)
+    assert IGNORE == loss.IGNORE
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_mask_of_ones_is_the_plain_loss_and_prompts_get_no_gradient(chunks):
+    """To the last bit; and with ignored targets it is the mean over the others alone."""
+    model, (idx, y, _) = model_of("topk", {"model.loss_chunks": chunks}), batch_of()
+    out = run(model, idx, y)
+    if chunks == 1:
+        plain = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), y.flatten(),
+                                                  reduction="none").mean()
+        assert torch.equal(out.loss, plain)
+    part = y.clone()
+    part[:, :5] = part[2] = IGNORE
+    model.zero_grad()
+    found = run(model, idx, part)
+    found.loss.backward()
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    theirs = torch.nn.functional.cross_entropy(run(model, idx).logits[:2, 5:].flatten(0, 1),
+                                               y[:2, 5:].flatten())
+    theirs.backward()
+    torch.testing.assert_close(found.loss, theirs)
+    for a, p in zip(ours, model.parameters()):
+        torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-4)
+    # the balance loss sees all tokens
+    assert torch.equal(found.aux_loss, out.aux_loss)
+    # nothing to learn: loss 0, no gradient
+    none = run(model, idx, torch.full_like(y, IGNORE)).loss
+    assert none == 0
+    model.zero_grad()
+    none.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_logits_of_prompts_get_no_gradient():
+    model, (idx, y, _) = model_of("dense"), batch_of()
+    y = y.clone()
+    y[:, :5] = IGNORE
+    kept = []
+    model.head.register_forward_hook(lambda m, x, z: z.retain_grad() or kept.append(z))
+    run(model, idx, y).loss.backward()
+    assert not kept[0].grad[:, :5].any() and kept[0].grad[:, 5:].abs().sum(-1).all()
+
+
+def test_training_on_answers_goes_on_to_the_same_bits(asked, tmp_path):
+    (tmp_path / "empty.toml").write_text("")
+    keys = {"model.n_layer": 1, "model.n_head": 2, "model.n_embd": 16, "model.block_size": 32,
+            "ffn.d_ff": 16, "data.name": "asked", "data.dir": asked["byte"][0].parent,
+            "data.answers_only": "true", "train.batch_size": 4, "train.warmup_steps": 1,
+            "train.schedule": "constant", "train.sample_tokens": 0, "train.device": "cpu",
+            "train.eval_batches": 1}
+
+    def trained(out, steps):
+        words = [tmp_path / "empty.toml", "--out", tmp_path / out, "--quiet",
+                 f"--train.max_steps={steps}"]
+        assert train.main([*map(str, words), *(f"--{k}={v}" for k, v in keys.items())]) == 0
+
+    trained("half", 2)
+    trained("whole", 4)
+    assert train.main(["--out", str(tmp_path / "half"), "--resume", "--quiet",
+                       "--train.max_steps", "4"]) == 0
+    ends = [checkpoint.load(tmp_path / name / checkpoint.LAST).model for name in ("half", "whole")]
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values()))
+    keys["data.answers_only"] = "false"
+    trained("plain", 4)
+    other = checkpoint.load(tmp_path / "plain" / checkpoint.LAST).model
+    assert not all(torch.equal(a, b) for a, b in zip(ends[1].values(), other.values()))

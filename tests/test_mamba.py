@@ -362,8 +362,10 @@ def test_recall_probe_against_a_model_that_knows_all_or_nothing(right):
                 told[row[i]] = row[i + 1]
         return Output(logits, None, None, [])
 
-    row = PROBES["recall"](oracle, [], None, torch.device("cpu"), "float32")
+    config = load_config(None, {"model.block_size": 128})
+    row = PROBES["recall"](oracle, [], config, torch.device("cpu"), "float32")
     assert row == {f"recall_{n}": float(right) for n in recall.SIZES}
+    assert PROBES["recall"](oracle, [], load_config(None, {"model.block_size": 127}), None, "float32") == {}
 
 
 def test_bench_rows(monkeypatch, tmp_path, capsys):

@@ -97,11 +97,11 @@ def test_the_lab_asks_for_no_kind_and_names_no_router():
         assert path.name in BUILDS or not texts & names, (path, texts & names)
 
 
-INSIDE = ("inside", "chance", "whole_sequence")         # in test_btx_open.py
+OTHERS = ("inside", "chance", "whole_sequence", "recall")         # in test_btx_open.py, test_mamba.py
 
 
 @pytest.mark.parametrize("kind", ["dense", "peer", "pkm", "hash", "topk"])
-@pytest.mark.parametrize("name", sorted(set(probes.PROBES) - {"math_right", *INSIDE}))
+@pytest.mark.parametrize("name", sorted(set(probes.PROBES) - {"math_right", *OTHERS}))
 def test_every_probe_takes_every_kind(name, kind):
     row = measured(probes.PROBES[name], model_of(kind))
     assert all(math.isfinite(value) for value in row.values())

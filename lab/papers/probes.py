@@ -12,6 +12,8 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
+from data.answers import answer_mask, are_answers
+from data.batches import EvalBatches
 from data.corpora import recall as look_ups
 from data.corpora.arithmetic import as_text, final_answer, problems, prompt
 from data.prepare import prepared
@@ -225,10 +227,33 @@ def math_right(model, batches, config, device, dtype):
 
 
 @torch.no_grad()
+def answers(model, batches, config, device, dtype):
+    """Of the answers in validation text of math (data/answers.py), everything before a token being
+    given: answer_loss, nats a token, and answer_tokens_right, the share of the tokens that the
+    model finds the most likely."""
+    (folder,), tokenizer = prepared(dataclasses.replace(config.data, max_tokens=0), ["math"])
+    T, mask = config.model.block_size, answer_mask(folder / "val.bin")
+    valid = EvalBatches([folder], T, config.train.batch_size, config.train.eval_batches,
+                        tokenizer.token_lengths())
+    nats = right = tokens = 0
+    for (x, y, *_), (_, starts) in zip(valid, valid.plan):
+        kept = torch.from_numpy(are_answers(mask, starts, T))
+        with precision(device, dtype):
+            z = model(x.to(device)).logits.float().cpu()
+        nats += F.cross_entropy(z[kept], y[kept], reduction="sum").item()
+        right += (z[kept].argmax(-1) == y[kept]).sum().item()
+        tokens += int(kept.sum())
+    return dict(answer_loss=nats / tokens, answer_tokens_right=right / tokens)
+
+
+@torch.no_grad()
 def recall(model, batches, config, device, dtype):
     """recall_n: the share of answers that are right in new lines of the corpus `recall` with n
-    letters, to those letters that the line has asked for before; chance is one of 9."""
+    letters, to those letters that the line has asked for before; chance is one of 9. Nothing of a
+    model whose context is shorter than a line."""
     row = {}
+    if config.model.block_size < 2 * look_ups.LOOK_UPS:
+        return row
     for size in look_ups.SIZES:
         # 128 lines that are in no split
         lines = look_ups.lines(2**31 + size, 128, [size])
@@ -243,4 +268,4 @@ def recall(model, batches, config, device, dtype):
 
 PROBES = {"repeats": repeats, "surgery": surgery, "groups": groups, "overflow": overflow,
           "expert_cosine": expert_cosine, "logits": logits, "math_right": math_right,
-          "recall": recall, "inside": inside, "chance": chance, "whole_sequence": whole_sequence}
+          "answers": answers, "recall": recall, "inside": inside, "chance": chance, "whole_sequence": whole_sequence}
