@@ -95,19 +95,15 @@ def dispatch_grouped(x, routing, experts, fused=False, function=None):
     Triton kernels. function: one of the autograd Functions of kernels/moe.py; None takes the faster one.
     """
     from kernels.moe import pick_function                   # fast paths are read where they are used
-    E = experts.w_in.shape[0]
-    # a stable sort of the pairs by expert; short numbers, since a radix sort pays by the digit
-    narrow = torch.int16 if E < 2 ** 15 else torch.int64
-    sorted_expert, order = torch.sort(routing.expert.to(narrow), stable=True)           # (P,), (P,)
-    # where each expert's pairs end, as the grouped product wants it
-    ids = torch.arange(E, dtype=narrow, device=x.device)
-    offsets = torch.searchsorted(sorted_expert, ids, right=True, out_int32=True)        # (E,)
-    # token and gate of each sorted pair
-    token = routing.token.index_select(0, order)
-    gate = pair_weights(routing, torch.float32).index_select(0, order)
+    from kernels.order import expert_order
+    # a stable sort of the pairs by expert: which pair comes at each place and where each pair goes, token and
+    # gate at each place, (P,), and where each expert's pairs end, (E,), as the grouped product wants it
+    order, inverse, token, gate, offsets = expert_order(
+        routing.expert, routing.token, pair_weights(routing, torch.float32), experts.w_in.shape[0], fused)
+    # every expert's rows by its own two matrices, and back to their tokens
     function = function or pick_function(x, token, experts, fused)
-    return function.apply(x, experts.w_in.to(x.dtype), experts.w_out.to(x.dtype), gate, order, token, offsets,
-                          routing.k, experts.activation, fused)
+    return function.apply(x, experts.w_in.to(x.dtype), experts.w_out.to(x.dtype), gate, order, inverse, token,
+                          offsets, routing.k, experts.activation, fused)
 
 
 # fused is grouped, with the Triton kernels of kernels/moe.py moving rows and applying the gated activation

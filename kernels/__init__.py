@@ -3,6 +3,7 @@ equal. Every file imports, and its twins run, without Triton.
 
     common         the rule that picks kernel or twin, the activations
     norm           the root-mean-square norm on a CPU
+    order          the pairs in expert order, by counting
     moe            tokens into expert order and back, the gated activation, the grouped experts
     peer           PEER's experts: forward, backward, the gradient of the table
     product_keys   the best k of the m^2 experts of a query, and the gradient of the sub-keys

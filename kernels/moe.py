@@ -311,24 +311,26 @@ def grouped_product(a, b, ends):
 class GroupedExperts(torch.autograd.Function):
     """y = sum over a token's pairs of weight W_out act(W_in x), products grouped by expert.
 
-    x (N, d), w_in (E, w or 2w, d), w_out (E, d, w), weight (P,) float32, order and token (P,),
-    offsets (E,) int32 the ends of the groups -> y (N, d). weight, order and token are in expert
-    order. k is 0 where tokens differ in their number of experts.
+    x (N, d), w_in (E, w or 2w, d), w_out (E, d, w), weight (P,) float32, order, inverse and token
+    (P,), offsets (E,) int32 the ends of the groups -> y (N, d). weight, order and token are in
+    expert order: see `expert_order` in kernels/order.py. k is 0 where tokens differ in their number
+    of experts.
 
     Saves x, the pre-activation, the weights and the order; backward gathers the rows and applies
     the activation again. Autograd would also keep both of them and the parts of the activation: 3.6
     times the memory (N 2048, d 256, w 128, E 32, k 4; see lab/bench.py moe). With `fused` the
     Triton kernels move the rows and apply the activation; they go by the order and its inverse,
-    int32, in the place of the tokens. Without, no Triton is involved.
+    int32, in the place of the tokens. Without, no Triton is involved here.
     """
 
     @staticmethod
-    def forward(ctx, x, w_in, w_out, weight, order, token, offsets, k, activation, fused):
+    def forward(ctx, x, w_in, w_out, weight, order, inverse, token, offsets, k, activation, fused):
         kernel = fused and use_triton(x)
         # The kernels that move rows need the same k for every token; expert choice has none, k = 0.
-        inverse = None
         if fused and k:
-            (order, inverse), token = invert(order), None
+            token = None
+        else:
+            order = inverse = None
         # 1. Gather the rows and multiply by the first matrices -> h (P, w or 2w). The gathered rows
         #    (P, d) get no name, so that Python frees them when the product is done. The
         #    outputs of the experts in step 3 have none either.
@@ -360,7 +362,7 @@ class GroupedExperts(torch.autograd.Function):
         # 1. backwards.
         d_w_in = grouped_product(dh.T, gather(x, order, token, k), offsets)
         dx = combine(grouped_product(dh, w_in, offsets), x.shape[0], inverse, token, k)
-        return dx, d_w_in, d_w_out, d_weight, None, None, None, None, None, None
+        return dx, d_w_in, d_w_out, d_weight, None, None, None, None, None, None, None
 
 
 class ExpertByExpert(torch.autograd.Function):
@@ -373,7 +375,7 @@ class ExpertByExpert(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, w_in, w_out, weight, order, token, offsets, k, activation, fused):
+    def forward(ctx, x, w_in, w_out, weight, order, inverse, token, offsets, k, activation, fused):
         y = torch.zeros_like(x)
         h = x.new_empty(token.numel(), w_in.shape[1])                                 # (P, w or 2w)
         for e, rows in enumerate(groups(offsets)):
@@ -400,7 +402,7 @@ class ExpertByExpert(torch.autograd.Function):
             torch.mm(d_rows.T, a, out=d_w_out[e])
             torch.mm(dh.T, x.index_select(0, token[rows]), out=d_w_in[e])
             dx.index_add_(0, token[rows], dh @ w_in[e])
-        return dx, d_w_in, d_w_out, d_weight, None, None, None, None, None, None
+        return dx, d_w_in, d_w_out, d_weight, None, None, None, None, None, None, None
 
 
 def groups(offsets):

@@ -12,6 +12,7 @@ import torch
 import kernels.loss as loss
 import kernels.mamba as kernels_mamba
 import kernels.moe as kernels_moe
+import kernels.order as kernels_order
 import kernels.peer as kernels_peer
 import kernels.product_keys as product_keys
 import moe
@@ -222,7 +223,23 @@ def check_kernel(function, s, dtype, end):
     return error_rows(names, got, want, LIMIT[dtype], dict(dtype=str(dtype)[6:]))
 
 
-# ---- products by parts, retrieval, PEER's paths, and the loss ----
+# ---- the sort, products by parts, retrieval, PEER's paths, and the loss ----
+
+def check_order(s, E, end):
+    """The counting sort of pairs among E experts against torch.sort: every number the same."""
+    names, rows = ("order", "inverse", "token", "gate", "ends", "gradient of the gates"), []
+    P = 100 * s.N - 1
+    for case, expert in (("any", choose(E, P)), ("last", torch.full_like(choose(E, P), E - 1))):
+        token, weight, dy = choose(s.N, P), draw(P).requires_grad_(), draw(P + 1)[1:]
+        order, *want, ends = kernels_order.expert_order_torch(expert, token, weight, E)
+        want = [*kernels_moe.invert_torch(order), *want, ends]
+        poison()
+        got = kernels_order.expert_order(expert, token, weight, E, fused=True)
+        got, want = ([*t, *torch.autograd.grad(t[3], weight, dy)] for t in (got, want))
+        rows += error_rows(names, got, want, 0, dict(case=case))
+    return rows
+
+
 
 def check_parts(s, E, end):
     """The product in bfloat16 parts against F.linear in float64; E outputs."""
@@ -309,6 +326,8 @@ def units(toy, place):
     for name, function in KERNELS.items() if RUNS else ():
         add(f"kernel {name}", check_kernel, function, s, [])
     if RUNS:
+        found.extend(Unit(f"expert order, {E} experts", partial(check_order, s, E))
+                     for E in (s.E, s.m))
         # few outputs, then many: two layouts of the parts
         found.extend(Unit(f"product by parts, {E} outputs", partial(check_parts, s, E))
                      for E in (8, s.d))

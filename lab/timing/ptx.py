@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import common
 from kernels import moe as moe_kernels
+from kernels import order as order_kernels
 from kernels import parts
 from kernels import peer as peer_kernels
 from kernels import product_keys
@@ -70,6 +71,13 @@ def moe(d, w, k, dtype):
         moe_kernels.gated_activation_backward(a, h, weight, activation)
 
 
+def order(P, E):
+    """The launches of the sort of P pairs by expert."""
+    print(f"expert order P {P} E {E}")
+    pairs = torch.zeros(P, dtype=torch.int64)
+    order_kernels.ExpertOrder.apply(torch.zeros(P), pairs, pairs, E)
+
+
 def peer(d, R, dtype):
     """The launches of PEER's experts: width d, R rows for each token."""
     print(f"d {d} R {R} {dtype}")
@@ -93,6 +101,8 @@ if __name__ == "__main__":
     for shape in ((768, 256, 8, bf16), (768, 1024, 2, bf16), (1000, 344, 3, bf16),
                   (768, 256, 8, fp32)):
         moe(*shape)
+    for P, E in ((2 ** 15, 8), (2 ** 18, 128), (2 ** 18, 1024)):
+        order(P, E)
     for d, dtype in ((256, bf16), (512, bf16), (768, bf16), (1024, bf16), (1100, bf16), (256, fp32),
                      (512, fp32), (768, fp32), (1024, fp32), (1100, fp32)):
         peer(d, 128, dtype)
