@@ -242,7 +242,8 @@ class GPT(nn.Module):
             return None, mean, loss.view_as(targets)
         logits = self.head(x)                                                       # (B, T, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        return logits, loss.mean(), loss.view_as(targets)
+        kept = (targets != -100).sum().clamp(min=1)             # a target of -100 counts for nothing
+        return logits, loss.mean() * (targets.numel() / kept), loss.view_as(targets)
 
     def new_cache(self, batch_size=1, dtype=None):
         """An empty Cache for `batch_size` sequences on the model's device."""

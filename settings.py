@@ -129,6 +129,7 @@ class DataConfig:
     seed: int = opt(0, "seed of the order of batches; two runs of one data seed see the same batches", low=0)
     dir: str = opt("", "folder of the prepared corpora (empty: data/prepared)")
     max_tokens: int = opt(0, "use at most this many training tokens of each corpus (0: all)", low=0)
+    answers_only: bool = opt(False, "of a corpus of questions (math, gsm8k) only the answers are in the loss")
 
     @property
     def names(self):

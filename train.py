@@ -49,7 +49,7 @@ class Trainer:
         self.forward = self.whole_forward = parallel.wrap(self.model, config, device)
         self.optimizer = build_optimizer(self.model, t, device)
         self.batches = Batches(folders, config.data.weights, config.model.block_size, t.batch_size,
-                               config.data.seed)
+                               config.data.seed, config.data.answers_only)
         # where the run stands
         self.corpora, self.numbers = config.data.names, NUMBERS
         self.count = torch.zeros((), device=device)     # the step, for layers: a Python number would be compiled in

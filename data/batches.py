@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.answers import IGNORE, answer_mask, are_answers
 from data.binfile import DTYPES, HEADER, DataError, open_bin, read_header
 
 BLOCK = 1000            # sequences within which the weights hold exactly
@@ -112,11 +113,12 @@ class Batches:
     folders: prepared folders with one tokenizer. weights: how often each corpus is drawn, in any
     unit; None or empty: equally often, so that a small corpus is learned like a large one (it then
     repeats, see epochs). batch_size: sequences per optimizer step, of all micro-steps and processes
-    together. seed: data.seed. Raises DataError: a corpus shorter than a window, different
-    tokenizers, weights that do not fit.
+    together. seed: data.seed. answers_only: targets outside of answers are IGNORE
+    (data/answers.py). Raises DataError: a corpus shorter than a window, different tokenizers,
+    weights that do not fit, no corpus with answers.
     """
 
-    def __init__(self, folders, weights, block_size, batch_size, seed):
+    def __init__(self, folders, weights, block_size, batch_size, seed, answers_only=False):
         if seed < 0:
             raise DataError(f"data.seed {seed}: give a number from 0 on")
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
@@ -136,6 +138,12 @@ class Batches:
             if weight and not quota:
                 raise DataError(f"data.weights {weights}: {folder} would get less than one "
                                 f"sequence in {BLOCK}; raise its weight, or set it to 0")
+        # which tokens of each corpus are answers; None: every target counts
+        self.masks = [answer_mask(windows.tokens.path) if answers_only else None
+                      for windows in self.corpora]
+        if answers_only and all(mask is None for mask in self.masks):
+            raise DataError("data.answers_only: none of the corpora is a row of \"Q: ...\" and "
+                            "\"A: ...\", as math and gsm8k are; leave it out")
 
     def mix(self, block):
         """Per sequence of a block: its corpus, and how many before it in the block are from the
@@ -178,10 +186,15 @@ class Batches:
         first = step * self.batch_size + (micro * world + rank) * size
         corpus, ordinal = self.assign(np.arange(first, first + size))
         rows = np.empty((size, self.block_size + 1), np.int64)
+        ignored = np.zeros((size, self.block_size), bool)
         for j in np.unique(corpus):
             here = corpus == j
-            rows[here] = self.corpora[j].tokens.read(self.corpora[j].starts(ordinal[here]))
-        return *split_rows(rows), torch.from_numpy(corpus)
+            starts = self.corpora[j].starts(ordinal[here])
+            rows[here] = self.corpora[j].tokens.read(starts)
+            if self.masks[j] is not None:
+                ignored[here] = ~are_answers(self.masks[j], starts, self.block_size)
+        x, y = split_rows(rows)
+        return x, y.masked_fill_(torch.from_numpy(ignored), IGNORE), torch.from_numpy(corpus)
 
     def epochs(self, step):
         """How often each corpus has been gone through before this step: list of float."""

@@ -29,7 +29,8 @@ class Part:
             weights = [float(j == number % n) for j in range(n)]
         self.part, self.parts = number // n, workers // n
         self.whole = Batches(folders, weights, config.model.block_size,
-                             config.train.batch_size // n, config.data.seed)
+                             config.train.batch_size // n, config.data.seed,
+                             config.data.answers_only)
 
     def batch(self, step, micro, grad_accum, rank, world):
         return self.whole.batch(step, micro, grad_accum, self.part, self.parts)

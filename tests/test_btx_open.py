@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 import train
 from data.answers import IGNORE, spans
 from data.batches import Batches
-from data.binfile import DataError
+from data.binfile import DataError, open_bin
 from data.corpora.arithmetic import as_text
 from data.prepare import prepare
 from data.tokenizers import Tokenizer
@@ -95,9 +95,15 @@ def test_inside_tells_domains_from_bytes():
     row = measured(inside.inside, model)
     assert row["domain_beyond_byte"] == pytest.approx(0, abs=1e-9)
     assert row["byte_information"] == pytest.approx(math.log(4), abs=0.05)
-    force(model, lambda ids: ids // 16)                             # the corpus decides
-    row = measured(inside.inside, model)
-    assert row["domain_information"] == pytest.approx(math.log(2))
+    # the same text in both corpora, and the corpus decides
+    for block in model.blocks:
+        block.ffn.router.forward = lambda x, ctx: pairs(
+            ctx.domain.repeat_interleave(8).view(-1, 1), torch.ones(len(x), 1),
+            probs=torch.full((len(x), 4), 0.25))
+    row = measured(inside.inside, model, [(x % 16, y, *rest) for x, y, *rest in two_corpora(1)
+                                          for rest in (rest, [1 - rest[0], 0, "b"])])
+    assert row["byte_information"] == pytest.approx(0, abs=1e-12)
+    assert row["domain_beyond_byte"] == pytest.approx(math.log(2))
     for kind in ("dense", "peer", "pkm"):
         assert measured(inside.inside, model_of(kind)) == {}
 
@@ -140,7 +146,7 @@ def test_knocked_out_experts_swap_as_their_names_do():
     after = measured(inside.inside, model)
     for e, old in enumerate(order.tolist()):
         assert after[f"without_{e}_a"] == pytest.approx(before[f"without_{old}_a"], abs=1e-5)
-    for name in ("byte_information", "domain_information"):
+    for name in ("byte_information", "domain_beyond_byte"):
         assert after[name] == pytest.approx(before[name], abs=1e-9)
 
 
@@ -372,3 +378,23 @@ def test_training_on_answers_goes_on_to_the_same_bits(asked, tmp_path):
     trained("plain", 4)
     other = checkpoint.load(tmp_path / "plain" / checkpoint.LAST).model
     assert not all(torch.equal(a, b) for a, b in zip(ends[1].values(), other.values()))
+
+
+def test_the_probe_of_answers(tmp_path):
+    """Against a sum over the tokens of every answer."""
+    prepare(["math"], out=tmp_path, max_tokens=3000, quiet=True)
+    model = model_of("dense", {"model.vocab_size": 256, "data.dir": str(tmp_path),
+                               "train.batch_size": 4, "train.eval_batches": 3}).eval()
+    row = probes.answers(model, [], model.config, CPU, "float32")
+    text = bytes(open_bin(tmp_path / "math-byte" / "val.bin")[0])
+    nats, tokens, T = 0.0, 0, 12
+    fit = (len(text) - 1) // T
+    # the twelve windows of the validation batches
+    for start in (i * fit // 12 * T for i in range(12)):
+        window = torch.tensor(list(text[start:start + T + 1]))
+        log_p = model(window[None, :-1]).logits[0].log_softmax(-1)
+        for t in range(T):
+            if any(a <= start + t + 1 < b for a, b in spans(text)):
+                nats, tokens = nats - log_p[t, window[t + 1]].item(), tokens + 1
+    assert row["answer_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert 0 <= row["answer_tokens_right"] < 0.1

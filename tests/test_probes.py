@@ -97,7 +97,8 @@ def test_the_lab_asks_for_no_kind_and_names_no_router():
         assert path.name in BUILDS or not texts & names, (path, texts & names)
 
 
-OTHERS = ("inside", "chance", "whole_sequence", "recall")         # in test_btx_open.py, test_mamba.py
+# these are in test_btx_open.py and test_mamba.py
+OTHERS = ("inside", "chance", "whole_sequence", "answers", "recall")
 
 
 @pytest.mark.parametrize("kind", ["dense", "peer", "pkm", "hash", "topk"])

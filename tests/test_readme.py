@@ -22,7 +22,7 @@ import train
 from data import prepare
 from data.corpora import sources
 from data.corpora.corpus import Corpus
-from grow import btx, lifelong
+from grow import btx, clusters, lifelong, outer
 from lab import experiment, plots, scaling
 from lab.drawing.routers import router_table
 from runtime import report
@@ -50,8 +50,8 @@ def test_it_is_short_and_its_tables_are_true():
 # ---- its commands
 
 PROGRAMS = {"train.py": train.main, "sample.py": sample.main, "lab.plots": plots.main, "data.prepare": prepare.main,
-            "grow.btx": btx.main, "grow.lifelong": lifelong.main, "lab.experiment": experiment.main,
-            "lab.scaling": scaling.main}
+            "grow.btx": btx.main, "grow.clusters": clusters.main, "grow.outer": outer.main,
+            "grow.lifelong": lifelong.main, "lab.experiment": experiment.main, "lab.scaling": scaling.main}
 ELSEWHERE = {"minimal.py", "venv", "pytest"}                # run by other tests, or by whoever reads this
 
 
@@ -77,7 +77,7 @@ def test_every_command_runs(tmp_path, monkeypatch, corpora):                    
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "results").symlink_to(ROOT / "results")
-    (tmp_path / "my.txt").write_text("a text of many words, some of them often\n" * 50)
+    (tmp_path / "my.txt").write_text("a text of many words, some of them often\n" * 1500)
     for name, more in (("dense", []), ("quick", []), ("seed", [])):
         config = "configs/dense.toml" if name != "quick" else "configs/quick.toml"
         assert train.main([config, "--out", f"runs/{name}", *small, *more]) == 0
@@ -88,6 +88,10 @@ def test_every_command_runs(tmp_path, monkeypatch, corpora):                    
     for module, words in commands():
         if module in ELSEWHERE or module == "train.py" and not words:
             continue
+        if module == "grow.outer":
+            words = [*words, *small, "--every=1"]
+        if module == "grow.clusters":
+            words = [*words, "--out", "clustered", "--quiet"]
         if module == "train.py":
             words = [*words, *(small[-4:-3] + ["--train.max_steps=2", "--quiet"] if "--resume" in words else small)]
         if module == "sample.py":

@@ -1,6 +1,7 @@
 """What is inside a mixture of experts, measured without training (the questions that
-Branch-Train-MiX 2403.07816 leaves open): what its experts know, whether they follow the domains more
-than chance would, and how well whole sequences go to one expert. Probes, as in lab/papers/probes.py.
+Branch-Train-MiX 2403.07816 leaves open): what its experts know, whether they follow the domains
+more than chance would, and how well whole sequences go to one expert. Probes, as in
+lab/papers/probes.py.
 
 The tables are of the last sparse layer and count pairs (token, expert). Letters: B sequences, T
 positions, V vocabulary, E experts, C corpora.
@@ -69,9 +70,10 @@ def chance(model, batches, config, device, dtype):
     if not model.sparse or len(corpora) < 2:
         return {}
     # (sequences, E), and the corpus of each
+    E = model.blocks[model.sparse[-1]].ffn.n_expert
     for x, corpus, routing in last_layer(model, batches, device, dtype):
         sequence = torch.arange(len(x), device=device).repeat_interleave(x.shape[1])
-        tables.append(counted(sequence, routing, len(x), model.blocks[model.sparse[-1]].ffn.n_expert))
+        tables.append(counted(sequence, routing, len(x), E))
         labels += [corpus] * len(x)
     if not tables:
         return {}
@@ -93,8 +95,8 @@ def chance(model, batches, config, device, dtype):
 def inside(model, batches, config, device, dtype):
     """What the experts of a layer know, all corpora counted alike:
 
-    byte_information     mutual information of a token's expert and the token, nats
-    domain_information   of its expert and its corpus
+    byte_information     mutual information of a token's expert and the token, nats (that of the
+                         expert and the corpus is specialisation)
     domain_beyond_byte   of its expert and its corpus, the token being known
     bytes_E              the tokens that tell most of expert E: largest p(v, E) log(p(E | v) / p(E))
     without_E_CORPUS     rise of the loss on a corpus, nats a token, when no layer has expert E
@@ -114,8 +116,7 @@ def inside(model, batches, config, device, dtype):
     # I(E; corpus | token) = I(E; corpus and token) - I(E; token)
     p = alike(table) / len(corpora)
     both, by_token = information(p.flatten(0, 1)), information(p.sum(0))
-    row = dict(byte_information=by_token, domain_information=information(p.sum(1)),
-               domain_beyond_byte=both - by_token)
+    row = dict(byte_information=by_token, domain_beyond_byte=both - by_token)
     # the bytes of each expert, the most telling first
     if V == 256:
         row |= {f"bytes_{e}": text for e, text in enumerate(telling(p.sum(0)))}

@@ -268,4 +268,5 @@ def recall(model, batches, config, device, dtype):
 
 PROBES = {"repeats": repeats, "surgery": surgery, "groups": groups, "overflow": overflow,
           "expert_cosine": expert_cosine, "logits": logits, "math_right": math_right,
-          "answers": answers, "recall": recall, "inside": inside, "chance": chance, "whole_sequence": whole_sequence}
+          "answers": answers, "recall": recall, "inside": inside, "chance": chance,
+          "whole_sequence": whole_sequence}
