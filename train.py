@@ -52,7 +52,7 @@ class Trainer:
                                config.data.seed, config.data.answers_only)
         # where the run stands
         self.corpora, self.numbers = config.data.names, NUMBERS
-        self.count = torch.zeros((), device=device)     # the step, for layers: a Python number would be compiled in
+        self.count = torch.zeros((), device=device)     # the step, for layers; a number would be compiled in
         self.graphs, self.seen = Calls(device), None    # what runs a step's parts; what its micro-steps saw
         self.done, self.planned = 0, t.max_steps        # optimizer steps finished, and wanted before a resume
         self.seconds = 0.0                              # spent in them, earlier sittings included
@@ -79,7 +79,8 @@ class Trainer:
         """The gradient of the batch, a micro-batch at a time, and the update; as CUDA graphs where it can be."""
         self.graphs.begin()
         for micro in range(self.config.train.grad_accum):
-            self.graphs.run(f"micro-step {min(micro, 1)}", partial(self.micro_step, micro), *self.micro_batch(micro))
+            batch = self.micro_batch(micro)
+            self.graphs.run(f"micro-step {min(micro, 1)}", partial(self.micro_step, micro), *batch)
         return self.graphs.kept("update", self.update)
 
     def micro_batch(self, micro):
@@ -92,7 +93,7 @@ class Trainer:
         return [a.pin_memory() if self.device.type == "cuda" else a for a in batch]
 
     def micro_step(self, micro, x, y, domain):
-        """Adds the gradient of a micro-batch, and what it saw: [loss, aux_loss, layers' stats], detached sums."""
+        """Adds the gradient of a micro-batch, and what it saw: sums of loss, aux_loss, layers' stats, detached."""
         t = self.config.train
         if micro == 0:
             self.zero_grad()

@@ -427,9 +427,9 @@ def combine(rows, n_token, inverse, token, k):
 
 
 def pick_function(x, token, experts, fused):
-    """ExpertByExpert where that is the faster one (python -m lab.bench moe), else GroupedExperts: eager float32 on a CPU, and more than
-    2^25 multiplications in an expert's first product. Below, its dozen calls for each expert cost more than
-    they save."""
+    """ExpertByExpert where that is the faster one (python -m lab.bench moe), else GroupedExperts:
+    eager float32 on a CPU, and more than 2^25 multiplications in an expert's first product. Below,
+    its dozen calls for each expert cost more than they save."""
     if fused or x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return GroupedExperts
     E, rows, d = experts.w_in.shape

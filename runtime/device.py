@@ -57,7 +57,8 @@ def resolve_compile(config, device, model, steps, graph):
     if why_not:
         return False, f"auto: not with {why_not}"
     # On a CPU all steps of the run count: a run that goes on computes as it did, to the last bit.
-    costs, saves = compiling(config, device.type, model, config.train.max_steps if device.type == "cpu" else steps, graph)
+    steps = config.train.max_steps if device.type == "cpu" else steps
+    costs, saves = compiling(config, device.type, model, steps, graph)
     return saves > costs, f"auto: costs some {costs:.0f} s, saves some {saves:.0f} s"
 
 

@@ -36,7 +36,7 @@ def test_mixture_by_hand(rows):
         assert 4 * floor < found[path, "float32"] < 4 * floor + small
     # the fused path multiplies the router's weights by parts and keeps no float32 copy of x
     assert 2 * floor < found["fused", "bfloat16"] < 2 * floor + small
-    assert found["grouped", "bfloat16"] - found["fused", "bfloat16"] == 4 * D
+    assert 4 * D <= found["grouped", "bfloat16"] - found["fused", "bfloat16"] < 4 * D + small
     assert found["loop", "float32"] > 2 * found["grouped", "float32"]
 
 
