@@ -681,7 +681,8 @@ def test_the_page_of_results_is_what_its_command_writes(tmp_path, capsys):
     assert (results / "README.md").read_text() == overview.page(results)
     for folder in [results, *(path for path in results.rglob("*") if path.is_dir())]:
         (tmp_path / "copy" / folder.relative_to(results)).mkdir(parents=True)
-    for path in [*results.glob("*.json"), *results.glob("*.csv"), *results.rglob("verdict.md")]:
+    for path in [*results.glob("*.json"), *results.glob("*.csv"), *results.rglob("verdict.md"),
+                 *results.glob("gpu/*/README.md")]:
         (tmp_path / "copy" / path.relative_to(results)).write_text(path.read_text())
     assert overview.main(["--results", str(tmp_path / "copy")]) == 0
     first, short = capsys.readouterr().out.splitlines()
