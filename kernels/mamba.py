@@ -79,7 +79,8 @@ def _scan_kernel(X, DELTA, RATE, WRITE, READ, H, Y, STARTS, T, B, WIDTH, STATE, 
     inside = (c < WIDTH)[:, None] & (n < STATE)[None, :]
     rate = tl.load(RATE + place, mask=inside, other=0.0)
     h = tl.load(H + seq * STATE * WIDTH + place, mask=inside, other=0.0)
-    for chunk in tl.range(0, CHUNKS):
+    chunk = 0
+    while chunk < CHUNKS:
         tl.store(STARTS + (seq + chunk * B) * STATE * WIDTH + place, h, mask=inside)
         for i in tl.range(0, LENGTH):
             t = chunk * LENGTH + i
@@ -92,6 +93,7 @@ def _scan_kernel(X, DELTA, RATE, WRITE, READ, H, Y, STARTS, T, B, WIDTH, STATE, 
             read = tl.load(READ + row * STATE + n, mask=(n < STATE) & (t < T), other=0.0)
             h = tl.exp2(delta[:, None] * rate) * h + (delta * x)[:, None] * write[None, :]
             tl.store(Y + row * WIDTH + c, tl.sum(h * read[None, :], 1), mask=live)
+        chunk += 1
     tl.store(STARTS + (seq + CHUNKS * B) * STATE * WIDTH + place, h, mask=inside)
 
 
@@ -170,7 +172,8 @@ def _scan_backward_kernel(DY, DH, X, DELTA, RATE, WRITE, READ, STARTS, STATES, D
     rate = tl.load(RATE + place, mask=inside, other=0.0)
     g = tl.load(DH + seq * STATE * WIDTH + place, mask=inside, other=0.0)
     d_rate = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    for back in tl.range(0, CHUNKS):
+    back = 0
+    while back < CHUNKS:
         chunk = CHUNKS - 1 - back
         # The states before each position of the chunk
         h = tl.load(STARTS + (seq + chunk * B) * STATE * WIDTH + place, mask=inside, other=0.0)
@@ -212,6 +215,7 @@ def _scan_backward_kernel(DY, DH, X, DELTA, RATE, WRITE, READ, STARTS, STATES, D
             tl.store(D_DELTA + row * WIDTH + c, d_delta, mask=live)
         # The next chunk's states overwrite these.
         tl.debug_barrier()
+        back += 1
     tl.store(D_RATE + seq * STATE * WIDTH + place, d_rate, mask=inside)
     tl.store(DH + seq * STATE * WIDTH + place, g, mask=inside)
 

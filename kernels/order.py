@@ -52,7 +52,8 @@ def _scan_kernel(UP_TO, BEFORE, ENDS, BLOCKS, PART: tl.constexpr):
     column = tl.arange(0, PART)
     up_to = tl.zeros([PART], tl.int32)
     before = tl.zeros([PART], tl.int32)
-    for start in tl.range(0, BLOCKS, PART):
+    start = 0
+    while start < BLOCKS:
         b = start + column
         here = tl.load(UP_TO + e * BLOCKS + b, mask=b < BLOCKS, other=0)
         less = tl.load(UP_TO + (e - 1) * BLOCKS + b, mask=(b < BLOCKS) & (e > 0), other=0)
@@ -61,6 +62,7 @@ def _scan_kernel(UP_TO, BEFORE, ENDS, BLOCKS, PART: tl.constexpr):
         tl.store(BEFORE + e * BLOCKS + b, before + tl.cumsum(count, 0) - count, mask=b < BLOCKS)
         before += tl.sum(count, 0)
         up_to += here
+        start += PART
     tl.store(ENDS + e, tl.sum(up_to, 0))
 
 
