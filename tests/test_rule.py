@@ -254,13 +254,14 @@ def test_there_is_one_margin():
 
 
 def test_changed_claims_say_what_they_were():
-    """Each original differs from its claim in words or in test, or was judged on other runs."""
+    """Each original differs from its claim in words or in test, or was judged on fewer seeds."""
     changed = [(name, claim) for name, claim in all_claims() if "added" in claim]
     assert len(changed) > 20
     for name, claim in changed:
         assert len(claim["added"].split()) >= 3, name
         for one in originals(claim):
-            assert (one["says"] != claim["says"] or one.get("test") != claim["test"]), name
+            other = one["says"] != claim["says"] or one.get("test") != claim["test"]
+            assert other or "seeds" in one, name
 
 
 def test_holm_by_hand():
