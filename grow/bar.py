@@ -24,12 +24,12 @@ import sys
 
 import torch
 
+from grow import btx
 from grow.btx import add_command, add_output, refuse_given, save, sparse_config, upcycle
 from grow.hidden_units import put_together
 from grow.parents import LAYOUT, check_branches, open_parents
 from model import sparse_layers
-from runtime.config import Parser, parse
-from runtime.ending import Ending
+from runtime.config import Parser
 from settings import ConfigError
 
 SHARED = "embedding*,*norm*,*attention*"      # no expert and no router, for lifelong.freeze
@@ -120,17 +120,8 @@ def build_parser():
 
 
 def main(argv=None):
-    """The program; returns its exit status: 0 done, 1 a file or folder that cannot be used, 2 a
-    mistake in what was asked for."""
-    argv = sys.argv[1:] if argv is None else argv
-    with Ending() as end:
-        parser, commands = build_parser()
-        # without a command: help, or an error; either ends the program
-        if not argv or argv[0] not in commands:
-            parser.parse_args(argv)
-        options, overrides = parse(commands[argv[0]], argv[1:])
-        options.work(options, overrides)
-    return end.status
+    """The program; returns its exit status."""
+    return btx.main(argv, build_parser)
 
 
 if __name__ == "__main__":

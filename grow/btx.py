@@ -333,9 +333,9 @@ def build_parser():
     return parser, commands.choices
 
 
-def main(argv=None):
+def main(argv=None, build_parser=build_parser):
     """The program; returns its exit status: 0 done, 1 a file or folder that cannot be used, 2 a
-    mistake in what was asked for."""
+    mistake in what was asked for. build_parser: of another program that has commands, too."""
     argv = sys.argv[1:] if argv is None else argv
     with Ending() as end:
         parser, commands = build_parser()

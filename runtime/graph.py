@@ -96,11 +96,11 @@ class Graphs(Calls):
 class Decoding:
     """Reads a text token by token, each token as a CUDA graph. model: a GPT in evaluation mode."""
 
-    def __init__(self, model, batch_size, graphs=None):
+    def __init__(self, model, batch_size):
         self.model, self.cache = model, model.new_cache(batch_size)
         device = model.embedding.weight.device
         self.length = torch.zeros(1, dtype=torch.long, device=device)
-        self.graphs = graphs or Graphs(device, lambda why: tell(
+        self.graphs = Graphs(device, lambda why: tell(
             f"note: a token cannot be a CUDA graph, the text comes slower: {why}"))
 
     def begin(self, ids):

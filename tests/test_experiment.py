@@ -198,6 +198,11 @@ def test_rows_of_other_settings_are_dropped(here):
     assert list(rows_of(here / "results/fast/cpu")) == [("fast-1", 0)]
 
 
+# Written and registered, and not run, or not to the end. A file leaves this list with its rows.
+TO_RUN = {"bar", "btx_domains", "btx_emergence", "btx_inside", "btx_instruct", "btx_mixtures",
+          "btx_task_routing", "cbtm", "diloco", "easgd", "jamba", "peer_isoflop"}
+
+
 def test_nothing_recorded_has_to_run_again(tmp_path, monkeypatch, capsys):
     """Every row of the results has the key that its arm has today, and no paper's experiment runs
     again what it has, be the text of this machine's Python what it is."""
@@ -211,8 +216,8 @@ def test_nothing_recorded_has_to_run_again(tmp_path, monkeypatch, capsys):
         rows = rows_of(out / "cpu")
         assert len(todo.recorded(todo.arms)) == len(rows), path
         assert {place: row["key"] for place, row in rows.items()} == {p: keys[p] for p in rows}
-        # A file may have arms that are still to run.
-        if len(rows) == len(todo.arms):
+        assert (len(rows) < len(todo.arms)) == (path.stem in TO_RUN), path
+        if path.stem not in TO_RUN:
             main(path, "--out", out)
             assert capsys.readouterr().out == f"nothing to run: {out}/cpu/verdict.md\n"
         assert contents(out) == before

@@ -20,7 +20,7 @@ from lab.papers.verdict import (AGAINST, FOR, HELD, NOT, NOTHING, UNDECIDED, as_
 from settings import ConfigError
 
 ROOT = Path(__file__).parent.parent
-RUNS = 8_000                    # simulated experiments
+RUNS = 20_000                   # simulated experiments
 
 
 # --- Student's t distribution ---
