@@ -324,7 +324,7 @@ def draw_differences(ax, panel, data):
     ax.set_yticks(range(len(found)), [textwrap.fill(text, 52) for text, _ in found])
     ax.set(xlim=(min(seen) - pad, max(seen) + pad), ylim=(len(found) - 0.4, -0.6),
            xlabel="difference: left minus right (nats per token)")
-    ax.locator_params(axis="x", nbins=7)
+    ax.locator_params(axis="x", nbins=5)
 
 
 def beside(ax, row, text, place, **look):
