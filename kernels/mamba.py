@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.common import ceil_div, choose, contiguous, power_of_2, tl, triton, use_triton
 
-CHUNK = 16              # positions: three buffers of (CHUNK, B, n, c) stay in the cache of a CPU
+CHUNK = 32              # positions: three buffers of (CHUNK, B, n, c) stay in the cache of a CPU
 LOG2_E = 1 / math.log(2)
 
 

@@ -31,7 +31,7 @@ class ScanShape(NamedTuple):
 
 # The first ones are `--shapes quick`: the layer of configs/jamba.toml, and one with half the state.
 SCAN_SHAPES = dict(cpu=[ScanShape(12, 256, 256, 16), ScanShape(12, 256, 256, 8),
-                        ScanShape(4, 256, 256, 16), ScanShape(12, 1024, 256, 16)],
+                        ScanShape(4, 256, 256, 16), ScanShape(2, 1024, 256, 16)],
                    cuda=[ScanShape(8, 1024, 1536, 16), ScanShape(8, 4096, 1536, 16)])
 
 
