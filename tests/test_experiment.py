@@ -200,7 +200,10 @@ def test_rows_of_other_settings_are_dropped(here):
 
 # Written and registered, and not run, or not to the end. A file leaves this list with its rows.
 TO_RUN = {"bar", "btx_domains", "btx_emergence", "btx_inside", "btx_instruct", "btx_mixtures",
-          "btx_task_routing", "cbtm", "diloco", "easgd", "jamba", "peer_isoflop"}
+          "btx_task_routing", "cbtm", "diloco", "easgd", "jamba", "peer_isoflop",
+          "btm", "btx", "btx_conflict", "deepseek_v2_groups", "demix", "fine_grained", "lifelong",
+          "loss_free_balance", "peer_active", "peer_batchnorm", "peer_experts", "routed_scaling",
+          "routers", "shazeer_capacity", "switch_capacity"}
 
 
 def test_nothing_recorded_has_to_run_again(tmp_path, monkeypatch, capsys):
@@ -222,6 +225,22 @@ def test_nothing_recorded_has_to_run_again(tmp_path, monkeypatch, capsys):
             assert capsys.readouterr().out == f"nothing to run: {out}/cpu/verdict.md\n"
         assert contents(out) == before
     assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_may_ask_for_more_seeds_of_its_arms(here):
+    path = here / "fast.toml"
+    path.write_text(path.read_text() + """[claims.more]
+says = "x"
+source = "y"
+test = "val_loss[child] < 9"
+seeds = 4
+""")
+    # "child" comes from "bad" and "fast-2", "bad" from "fast-1"
+    found = {arm.name for arm in Experiment(str(path), "cpu").arms if arm.seed == 3}
+    assert found == {"child", "bad", "fast-2", "fast-1"}
+    path.write_text(path.read_text().replace("val_loss[child] < 9", "val_loss[fast-2] < 9"))
+    assert [arm.label for arm in Experiment(str(path), "cpu").arms if arm.seed == 3] == ["fast-2-3"]
+    assert len(Experiment(str(path), "cpu", 2).arms) == 8
 
 
 def test_an_arm_may_have_its_own_number_of_seeds(here, capsys):

@@ -79,6 +79,14 @@ def test_null_effects_are_called_effects_in_5_percent(n):
         assert ((abs(t) > 2) <= one_sign).all()
 
 
+def test_a_second_look_at_what_three_seeds_leave_suggestive_errs_in_8_percent():
+    """The three seeds decide, or two more are added and all five do."""
+    found, draws = verdicts(5)
+    first = [decide(list(row), "<")[0] for row in draws[:, :3].tolist()]
+    last = [five if three in (FOR, AGAINST) else three for three, five in zip(first, found)]
+    assert is_share(sum(verdict in (HELD, NOT) for verdict in last), 0.078)
+
+
 @pytest.mark.parametrize("n, power", [(3, 0.179), (5, 0.401)])
 def test_power_at_an_effect_of_one_standard_deviation(n, power):
     """Found are as many as the noncentral t distribution says, here and at three deviations."""

@@ -5,7 +5,7 @@ with `from` it is trained on from its first parent (train.init_from), which give
 with `make` it is built from its parents by a program, and only evaluated. `program` trains it in
 the place of train.py, whose options it takes ("-m grow.outer --workers 4"). A grid makes one arm
 for each combination of its values. `seeds` is how many an arm has, where that is not the file's
-number.
+number; a claim can ask for more (lab/papers/verdict.py).
 `tune` is the arm's small grid of settings, the best of which is taken (lab/papers/tuning.py).
 Settings are taken in this order: config file, [common], [SIZE], arm, arm's SIZE, grid.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab.papers.spec import SIZES, fill, fits, flatten, plain, settings_of
+from lab.papers.verdict import more_seeds
 from model import load_config, resolve
 from runtime.checkpoint import RETRAINABLE
 from runtime.config import nearest, parse_toml
@@ -138,7 +139,9 @@ def expand(spec, path, size, seeds=None, runs="runs", chosen=None):
     ordered = in_order({name: draft.parents for name, draft in drafts.items()}, path)
     # An arm for each seed.
     folder, arms, chosen = runs_folder(spec, path, size, runs), {}, chosen or {}
-    wanted = {name: seeds or range(draft.words.get("seeds", spec.get("seeds", 3)))
+    least = more_seeds(spec, {name: draft.parents for name, draft in drafts.items()})
+    wanted = {name: seeds or range(max(draft.words.get("seeds", spec.get("seeds", 3)),
+                                       least.get(name, 0)))
               for name, draft in drafts.items()}
     every = sorted({seed for own in wanted.values() for seed in own})
     for seed, name in itertools.product(every, ordered):

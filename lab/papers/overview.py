@@ -146,8 +146,9 @@ def chance(verdicts):
 
 RULE = """A paired t test over the seeds (three or more) decides an inequality. It has *held* if p <
 .05 and the difference has the claimed sign, and *did not hold* if p < .05 and it has the other
-sign. With .05 <= p < .2 it is *suggestive*, or *suggestive against*; else it is *undecided*. "About
-as good as" is an equivalence test, and "not worse than" has its margin: 0.01 nats, one for all
+sign. With .05 <= p < .2 it is *suggestive*, or *suggestive against*; else it is *undecided*. What
+three seeds leave suggestive runs with two more and is judged by all five: chance alone decides such
+an inequality in 8 % of all cases, not in 5 %. "About as good as" is an equivalence test, and "not worse than" has its margin: 0.01 nats, one for all
 claims. A difference that is the same in all seeds is compared as it is and has no p, nor has a law
 that is fitted to the runs. A claim of several inequalities has the verdict of the worst. *Reported
 only* marks a claim that its file does not expect to hold at this size; it is judged and counted

@@ -44,7 +44,7 @@ def verdict_page(title, spec, claims, rows, table, arms, failed, more=()):
     lines += fitted_laws(spec.get("panel", []), rows)
     lines += ["", "## Runs", "", *runs_table(rows)]
     lines += [f"- {label}: {why}" for label, why in failed.items()]
-    lines += ["", hardware(rows), "", *more, "## Commands", "",
+    lines += ["", hardware(rows), "", *more, "", "## Commands", "",
               f"Of seed {arms[0].seed}; other seeds differ in `--train.seed`, `--data.seed` and "
               "the folders.",
               "", "```", *(shown(arm.arguments()) for arm in arms if arm.seed == arms[0].seed),

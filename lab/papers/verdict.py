@@ -56,6 +56,8 @@ says so, and its page shows the original beside it, judged by the same rule:
 
 Also: report = true (not expected to hold at this size), note (what the test does not compare),
 reason and reason_test (why it came out as it did, and the inequality that tests that), sizes.
+seeds = 5 gives the arms that the claim names, and their parents, as many: it stands where three
+seeds left a verdict suggestive.
 """
 import ast
 import math
@@ -80,7 +82,8 @@ LEVEL, WEAK = 0.05, 0.2             # below these p a verdict is a verdict, or s
 SEEDS = 3                           # fewer are undecided
 TEST = {"test": (str, list), "fit": str, "arms": list, "floor": (int, float)}
 CLAIM = TEST | {"says": str, "source": str, "report": bool, "note": str, "reason": str,
-                "reason_test": (str, list), "sizes": list, "added": str, "original": (dict, list)}
+                "reason_test": (str, list), "sizes": list, "added": str, "original": (dict, list),
+                "seeds": int}
 ORIGINAL = TEST | {"says": str, "seeds": int, "verdict": str, "commit": str}
 LAWS = {"clark": Clark, "krajewski": Krajewski}
 ERRORS = ("rmse", "held_out", "held_out_without")
@@ -207,6 +210,21 @@ def law_inequality(text, law, where):
     if not one or SIGNS.get(type(tree.ops[0])) not in ("<", ">"):
         raise ConfigError(f"{where}: {text} is no inequality left < right or left > right")
     return tree, names - set(ERRORS)
+
+
+def more_seeds(spec, parents):
+    """{arm: seeds} of the arms that claims with `seeds` name, and of those they come from. parents:
+    {arm: names} of one size. Raises ConfigError."""
+    wanted = {}
+    for key, claim in spec.get("claims", {}).items():
+        texts = [*as_list(claim["test"]), *as_list(claim.get("reason_test", []))]
+        todo = [name for text in texts if "seeds" in claim for cell in inequality(text, key)[1]
+                for name in parents if fits(name, cell[1:])]
+        while todo:
+            name = todo.pop()
+            wanted[name] = max(claim["seeds"], wanted.get(name, 0))
+            todo += parents[name]
+    return wanted
 
 
 # --- judging ---
