@@ -92,16 +92,17 @@ def claims_table(verdicts):
 
 
 def in_short(verdicts):
-    """README.md's sentence: how many claims have which verdict, those that did not hold by name."""
-    parts = []
-    for word in NEGATIVE_FIRST:
-        found = [f"[{claim.key}](results/{verdict.link(claim)})" for verdict in verdicts
-                 for claim in verdict.claims if claim.verdict == word]
-        names = f" ({', '.join(found)})" * (word == NOT)
-        if found:
-            parts.append(f"{len(found)} {word}{names}")
-    return (f"Of {sum(len(verdict.claims) for verdict in verdicts)} claims: "
-            f"{', '.join(parts)}.")
+    """README.md's sentence: how many claims have which verdict, and where those are that did not
+    hold."""
+    where = []
+    for verdict in verdicts:
+        failed = sum(claim.verdict == NOT for claim in verdict.claims)
+        name, _, size = verdict.folder.partition("/")
+        size = f", {size}" * (size != SIZES[0])
+        if failed:
+            where.append(f"[{name}{size}](results/{verdict.folder}/verdict.md) {failed}")
+    counts = count(verdicts).replace(NOT, f"{NOT} ({', '.join(where)})")
+    return f"Of {sum(len(verdict.claims) for verdict in verdicts)} claims: {counts}."
 
 
 def count(verdicts):
