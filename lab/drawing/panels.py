@@ -99,6 +99,8 @@ def draw_lines(ax, panel, data):
             ax.axhline(mean, color=data.own_colour(arm) or GREY,
                        linestyle=["--", ":", "-."][i % 3], label=data.name(arm))
             ax.axhspan(low, high, color=GREY, alpha=0.2, linewidth=0)
+    if "xscale" not in panel and all(place == int(place) for place in places):
+        ax.xaxis.get_major_locator().set_params(integer=True)
     scale(ax, "x", panel.get("xscale"), places)
     scale(ax, "y", panel.get("yscale"))
     ax.set(xlabel=axis_label(x), ylabel=axis_label(y, minus and data.name(minus)))
