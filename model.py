@@ -7,6 +7,7 @@ layer answers with output and Stats; what only trains routers never mixes with t
 Letters as in ffn.py; here also S, cached and new positions together.
 """
 import copy
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from ffn import ACTIVATIONS, Context, Dense, Stats, draw, fill_widths
 from mamba import Mamba
 from moe import MoE
 from peer import PEER, PKM
-from routers import ROUTERS
+from routers import ROUTERS, Linear32
 
 
 class Attention(nn.Module):
@@ -32,58 +33,79 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
-        self.head = config.n_embd // config.n_head
-        heads = self.n_head + 2 * self.n_kv_head
+        self.head, self.window = config.head_width, config.window or config.block_size
+        heads, width = self.n_head + 2 * self.n_kv_head, self.n_head * self.head
         self.qkv = nn.Linear(config.n_embd, heads * self.head, bias=config.qkv_bias)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.out = nn.Linear(width, config.n_embd, bias=config.out_bias)
+        # norms of queries and of keys, over the width of one head or of all
+        one, self.norm_q, self.norm_k = config.qk_norm == "head", None, None
+        if config.qk_norm != "none":
+            self.norm_q = RMSNorm(self.head if one else width, config.norm_eps)
+            self.norm_k = RMSNorm(self.head if one else self.n_kv_head * self.head, config.norm_eps)
 
     def init_weights(self, n_layer):
         draw(self.qkv.weight)
         draw(self.out.weight, n_layer)
-        if self.qkv.bias is not None:
-            nn.init.zeros_(self.qkv.bias)
+        for bias in (b for b in (self.qkv.bias, self.out.bias) if b is not None):
+            nn.init.zeros_(bias)
 
     def forward(self, x, rotary, state, start):
-        B, T, d = x.shape
+        B, T = x.shape[:2]
         # one product for queries, keys and values; the first two are turned by their positions
         turned = self.n_head + self.n_kv_head
         qk, v = self.qkv(x).view(B, T, -1, self.head).split([turned, self.n_kv_head], 2)
+        qk = qk if self.norm_q is None else self.normed(qk)
         qk = qk if rotary is None else rotate(qk, rotary)
         qk, v = qk.transpose(1, 2), v.transpose(1, 2)                               # (B, heads, T, head)
         q, k = qk.split([self.n_head, self.n_kv_head], 1)
-        # with a cache: all S keys and values so far, of which new token i sees the old ones and those up to i
-        mask = None
-        if state is not None and isinstance(start, Tensor):
-            # of any length, for a CUDA graph: the whole room, masked
+        # with a cache: all S keys and values so far
+        captured = isinstance(start, Tensor)
+        if captured:
+            # of any length, for a CUDA graph: the whole room
             state.index_copy_(3, start, torch.stack([k, v]).to(state.dtype))
             k, v = state                                                            # (B, n_kv_head, room, head)
-            mask = torch.arange(k.shape[2], device=x.device).unsqueeze(0) <= start  # (1, room)
         elif state is not None:
-            state[0, :, :, start:start + T] = k
-            state[1, :, :, start:start + T] = v
+            state[:, :, :, start:start + T] = torch.stack([k, v])
             k, v = state[:, :, :, :start + T]                                       # (B, n_kv_head, S, head)
-            if T > 1 and start:
-                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        # position i sees j if 0 <= i - j < window; no mask: one new token sees all, of a text each sees up to i
+        mask, S = None, k.shape[2]
+        if captured or T > 1 and start or S > self.window:
+            i, j = torch.arange(T, device=x.device) + start, torch.arange(S, device=x.device)
+            behind = i.unsqueeze(1) - j                                             # (T, S)
+            mask = (behind >= 0) & (behind < self.window)
         y = F.scaled_dot_product_attention(
             q.to(v.dtype), k.to(v.dtype), v, mask, self.dropout if self.training else 0.0,
             is_causal=T > 1 and mask is None, enable_gqa=self.n_head != self.n_kv_head)
-        return self.out(y.transpose(1, 2).reshape(B, T, d))
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+    def normed(self, qk):
+        """Queries and keys (B, T, heads, head), each normed over as many numbers as its norm has weights."""
+        both = zip((self.norm_q, self.norm_k), qk.split([self.n_head, self.n_kv_head], 2))
+        return torch.cat([norm(x.reshape(*x.shape[:2], -1, len(norm.weight))).view_as(x) for norm, x in both], 2)
 
     def new_state(self, batch_size, block_size, dtype):
         """Room for the keys and values of block_size positions, (2, B, n_kv_head, block_size, head)."""
         return self.out.weight.new_zeros(2, batch_size, self.n_kv_head, block_size, self.head, dtype=dtype)
 
     def flops_per_token(self, context):
-        """Forward FLOPs: projections, and scores and sums over the (T + 1) / 2 positions of the mean token."""
-        weights = self.qkv.weight.numel() + self.out.weight.numel()
-        return 2 * weights + 2 * 2 * self.out.out_features * (context + 1) / 2
+        """Forward FLOPs: projections, and scores and sums over the positions that the mean token sees."""
+        # token i sees min(i, w): (T + 1) / 2 on the mean, without a window
+        weights, w = self.qkv.weight.numel() + self.out.weight.numel(), min(self.window, context)
+        return 2 * weights + 2 * 2 * self.out.in_features * (w - w * (w - 1) / (2 * context))
 
 
-def rotary_table(head, block_size, base):
-    """cos and signed sin of position * base^(-2i/head), (2, block_size, 1, head) (RoFormer 2104.09864)."""
+def rotary_table(m):
+    """cos and signed sin of position * frequency, (2, block_size, 1, head) (RoFormer 2104.09864)."""
     # pair i turns by base^(-2i/head) from one position to the next
-    frequency = base ** (-torch.arange(0, head, 2) / head)
-    angle = torch.outer(torch.arange(block_size), frequency)                        # (block_size, head/2)
+    frequency = m.rope_base ** (-torch.arange(0, m.head_width, 2) / m.head_width)
+    # for longer texts slower: linear (2306.15595) all pairs, llama3 those of few turns in the context before
+    kept = 0.0
+    if m.rope_scaling == "llama3":
+        turns = m.rope_original * frequency / (2 * math.pi)
+        kept = ((turns - m.rope_low) / (m.rope_high - m.rope_low)).clamp(0, 1)      # 1: as it was
+    if m.rope_scaling != "none":
+        frequency = frequency * (kept + (1 - kept) / m.rope_factor)
+    angle = torch.outer(torch.arange(m.block_size), frequency)                      # (block_size, head/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).unsqueeze(2)
 
@@ -98,16 +120,13 @@ def rotate(x, table):
 class RMSNorm(nn.Module):
     """Root-mean-square norm (1910.07467 eq. 4), (..., d) -> (..., d)."""
 
-    def __init__(self, d):
+    def __init__(self, d, eps=1e-5):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
+        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
     def forward(self, x):
-        # eq. 4; F.rms_norm is one kernel on CUDA; on a CPU it is a dozen, a sixth of the step of a small model
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
-            from kernels.norm import NormOnCPU
-            return NormOnCPU.apply(x, self.weight)
-        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
+        from kernels.norm import rms_norm               # eq. 4: F.rms_norm, faster on a CPU
+        return rms_norm(x, self.weight, self.eps)
 
 
 # The names in a config of what can stand in the two slots of a block: a line here is a new mixer or layer.
@@ -129,10 +148,10 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.norm_attention = RMSNorm(config.model.n_embd)
+        self.norm_attention = RMSNorm(config.model.n_embd, config.model.norm_eps)
         mixer = "attention" if layer in attention_layers(config.model) else config.model.mixer
         self.attention = MIXERS[mixer](config.model)
-        self.norm_ffn = RMSNorm(config.model.n_embd)
+        self.norm_ffn = RMSNorm(config.model.n_embd, config.model.norm_eps)
         self.ffn, f = build_ffn(config, layer), config.ffn
         self.dense = Dense(config.model.n_embd, f.d_dense, f.activation) if self.ffn.inserted else None
         self.dropout = nn.Dropout(config.model.dropout)
@@ -186,11 +205,10 @@ class GPT(nn.Module):
             raise ValueError("model.vocab_size = 0: take it from the tokenizer before building the model")
         self.embedding = nn.Embedding(m.vocab_size, m.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(m.n_layer))
-        self.norm = RMSNorm(m.n_embd)
+        self.norm = RMSNorm(m.n_embd, m.norm_eps)
         self.head = nn.Linear(m.n_embd, m.vocab_size, bias=False)
         self.dropout = nn.Dropout(m.dropout)
-        table = rotary_table(m.n_embd // m.n_head, m.block_size, m.rope_base)
-        self.register_buffer("rotary", table if m.rope else None, persistent=False)
+        self.register_buffer("rotary", rotary_table(m) if m.rope else None, persistent=False)
         self.init_weights()
         if m.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -315,13 +333,11 @@ def attention_layers(m):
 
 def resolve(config):
     """Fills in, in place, the values that follow from others (0 in the file). ConfigError for unknown names."""
+    from runtime.config import check_names
     m, f = config.model, config.ffn
-    # names
-    for key, known in (("model.mixer", MIXERS), ("ffn.kind", KINDS), ("ffn.router", ROUTERS),
-                       ("ffn.balance", ["auto", "none", *LOSSES]), ("ffn.activation", ["swiglu", *ACTIVATIONS])):
-        if config.get(key) not in known:
-            from runtime.config import nearest
-            config.fail(key, f"is not one of {', '.join(known)}{nearest(config.get(key), known)}")
+    check_names(config, {
+        "model.mixer": MIXERS, "ffn.kind": KINDS, "ffn.router": ROUTERS, "ffn.balance": ["auto", "none", *LOSSES],
+        "ffn.activation": ["swiglu", *ACTIVATIONS]})
     # widths, heads, balance
     m.n_kv_head = m.n_kv_head or m.n_head
     fill_widths(f, m.n_embd)
@@ -336,26 +352,10 @@ def resolve(config):
 
 def check(config):
     """The config, if model and layers fit together; raises ConfigError naming the first key that does not."""
-    m, f = config.model, config.ffn
-    checks = [
-        (m.n_embd % m.n_head, "model.n_embd", f"cannot be divided by model.n_head = {m.n_head}"),
-        (m.rope and m.n_embd % m.n_head == 0 and m.n_embd // m.n_head % 2, "model.n_embd",
-         f"gives heads of odd width {m.n_embd // m.n_head}; rotary positions turn pairs, so make it even"),
-        (m.n_head % m.n_kv_head, "model.n_kv_head", f"must divide model.n_head = {m.n_head}"),
-        (any(not 0 <= i < m.n_layer for i in f.moe_layers), "ffn.moe_layers",
-         f"names a layer outside 0..{m.n_layer - 1}"),
-        (any(not 0 <= i < m.n_layer for i in m.attention_layers), "model.attention_layers",
-         f"names a layer outside 0..{m.n_layer - 1}"),
-        (m.mixer != "attention" and m.attention_every and not attention_layers(m), "model.attention_every",
-         f"gives none of the {m.n_layer} blocks attention"),
-        (KINDS[f.kind] is not Dense and not sparse_layers(config),
-         "ffn.n_dense_first" if f.n_dense_first else "ffn.moe_every",
-         f"leaves none of the {m.n_layer} layers sparse; for a dense model set ffn.kind = \"dense\""),
-    ]
-    for wrong, key, why in checks + KINDS[f.kind].checks(config):
-        if wrong:
-            config.fail(key, why)
-    return config
+    from runtime.fits import model_checks, refuse               # what fits together, and the words for it
+    kind, some_attention = KINDS[config.ffn.kind], bool(attention_layers(config.model))
+    some_sparse = kind is Dense or bool(sparse_layers(config))
+    return refuse(config, model_checks(config, some_attention, some_sparse) + kind.checks(config))
 
 
 def load_config(path=None, overrides=()):
@@ -379,13 +379,18 @@ def readers():
             *(("balance", name, coefficients(name)) for name in LOSSES)]
 
 
-def load_model(folder, device="cpu", which="best"):
+def load_model(folder, device="cpu", which="best", dtype=torch.float32):
     """(GPT in evaluation mode, Config, Tokenizer, header) of a run folder. which: "best", which is "last" where
-    there is no evaluation, or "last". Raises CheckpointError."""
+    there is no evaluation, or "last". dtype: of the weights (a router's are float32); None: as they are stored,
+    views of the file. Raises CheckpointError."""
     from data.tokenizers import Tokenizer
     from runtime import checkpoint, config
-    saved = checkpoint.load_plain(folder, device, which)
+    mapped = dtype != torch.float32
+    saved = checkpoint.load_plain(folder, device, which, mapped)
     settings = resolve(config.from_tables(saved.header["config"], str(folder)))
-    model = GPT(settings).to(device)
-    checkpoint.load_weights(model, saved.model, folder)
+    with checkpoint.undrawn(mapped):
+        model = GPT(settings).to(device)
+    checkpoint.load_weights(model, saved.model, folder, mapped)
+    for part in model.to(dtype).modules():
+        part.to(torch.float32 if mapped and isinstance(part, Linear32) else None)
     return model.eval(), settings, Tokenizer.from_dict(saved.header["tokenizer"]), saved.header

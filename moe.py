@@ -17,7 +17,7 @@ from torch import nn
 from balance import (BY_BIAS, OF_MICRO_BATCH, auxiliary_losses, coefficients, entropy, expert_counts,
                      remember_prices, update_bias, update_quantile)
 from ffn import MLP, FeedForward, Stats, activation_of, by_hand, draw, hidden_rows
-from routers import ROUTERS, Routing, top_expert, traits_of, visited
+from routers import ROUTERS, Routing, top_expert, visited
 from runtime.parallel import announce, exchange, held
 
 
@@ -267,39 +267,8 @@ class MoE(FeedForward):
 
     @staticmethod
     def checks(config):
-        f, E, k, traits = config.ffn, config.ffn.experts, visited(config.ffn), traits_of(config.ffn)
-        room, by = f.topk_groups * (E // f.n_groups), "loss_free" if f.balance in BY_BIAS else f.balance
-        only = lambda fits: " or ".join(                                                # noqa: E731
-            f'"{r}"' for r, router in ROUTERS.items() if fits(router.traits))
-        return [
-            (f.n_frozen > E, "ffn.n_frozen", f"is more than the {E} routed experts"),
-            (f.top_k > f.n_expert, "ffn.top_k", f"is more than ffn.n_expert = {f.n_expert}"),
-            (f.d_expert and f.granularity > 1, "ffn.d_expert",
-             f"and ffn.granularity = {f.granularity} both set the width of an expert; give one of them"),
-            (not f.d_expert and f.d_ff % f.granularity, "ffn.granularity", f"does not divide d_ff = {f.d_ff}"),
-            (traits.k > 0 and k != traits.k, "ffn.top_k",
-             f"(times ffn.granularity) must be {traits.k} for ffn.router = \"{f.router}\""),
-            *ROUTERS[f.router].refusals(config),
-            (E % f.n_groups, "ffn.n_groups", f"does not divide the {E} routed experts"),
-            (f.topk_groups > f.n_groups, "ffn.topk_groups", f"is more than ffn.n_groups = {f.n_groups}"),
-            (f.n_groups > 1 and "n_groups" not in traits.reads, "ffn.n_groups",
-             f"works with ffn.router = {only(lambda t: 'n_groups' in t.reads)} only"),
-            (f.n_groups > 1 and room < k, "ffn.topk_groups", f"leaves {room} experts to choose {k} from"),
-            (f.d_shared and f.n_shared, "ffn.d_shared", "and ffn.n_shared both set the width; give one of them"),
-            (f.shared_gate and not (f.d_shared or f.n_shared), "ffn.shared_gate", "needs d_shared or n_shared"),
-            (by in ("loss_free", "importance_load") and by != traits.balance, "ffn.balance",
-             f"needs ffn.router = {only(lambda t: t.balance == by)}, with the bias or the noise for it"),
-            (f.balance == "quantile" and (f.n_groups > 1 or f.n_frozen and f.frozen_routes), "ffn.balance",
-             "knows neither groups nor frozen routes; with ffn.n_groups or ffn.n_frozen use \"loss_free\""),
-            (f.balance != "none" and not traits.steerable, "ffn.balance", f"has nothing to act on: ffn.router = "
-             f"\"{f.router}\" does not choose by probability; use \"none\""),
-            (f.z_loss and not traits.logits, "ffn.z_loss", "needs a router with logits"),
-            *((getattr(f, name) and not traits.capacity, f"ffn.{name}",
-               f"has no meaning for ffn.router = \"{f.router}\"")
-              for name in ("capacity_factor", "eval_capacity_factor")),
-            (f.output_norm and k == 1 and traits.across != "always", "ffn.output_norm",
-             "cancels the gate of the only expert, so that the router would never learn; raise ffn.top_k"),
-        ]
+        from runtime.fits import moe_checks                         # what fits together, and the words for it
+        return moe_checks(config, {name: router.traits for name, router in ROUTERS.items()}, visited(config.ffn))
 
     def describe(self, dtype):
         from kernels.moe import grouped_refusal
@@ -331,7 +300,8 @@ class MoE(FeedForward):
         c, traits = self.config, self.router.traits
         counted = c.balance in OF_MICRO_BATCH and any(getattr(c, name) for name in coefficients(c.balance))
         counted = counted or c.balance == "quantile"
-        found = [(traits.across or self.router.draws_noise(), "ffn.router"),
+        noise = traits.noise and (c.jitter or "jitter" not in traits.reads)
+        found = [(traits.across or noise, "ffn.router"),
                  (c.capacity_factor, "ffn.capacity_factor"), (counted, "ffn.balance")]
         return [key for true, key in found if true]
 
@@ -364,7 +334,7 @@ def fill_choices(config, d=0):
     f = config.ffn
     f.topk_groups = f.topk_groups or f.n_groups
     if f.balance == "auto":
-        f.balance = traits_of(f).balance
+        f.balance = ROUTERS[f.router].traits.balance
     # a bias balances without a loss, unless one is asked for
     if f.balance in BY_BIAS and "ffn.balance_loss" not in config.sources and f.balance_loss == 0.01:
         f.balance_loss = 0.0

@@ -20,7 +20,7 @@ DIFFERS = "differs under several processes"
 
 
 class Traits(NamedTuple):
-    """What is true of a router. Its k is the number of experts of a token: 0 means that ffn.top_k decides."""
+    """What is true of a router. Its k is the number of experts of a token; 0: ffn.top_k decides."""
     says: str                           # what it does, in a few words
     paper: str                          # whose it is, and its arXiv number
     gate: str                           # what its weights are
@@ -33,6 +33,8 @@ class Traits(NamedTuple):
     across: str = ""                    # likewise
     capacity: bool = True               # its pairs may compete for slots
     compiles: bool = True
+    least: int = 1                      # fewest experts of a token with which its gates are no constant
+    by_corpus: bool = False             # expert i is that of corpus i
     reads: tuple = ()                   # settings of [ffn] that no other layer or loss reads
     not_grown: str = ""                 # why a trained layer can get no more experts; empty: it can
     remedy: str = ""                    # what evens out its load, where no balancing can
@@ -109,15 +111,6 @@ class Router(nn.Module):
         if self.traits.logits:
             self.score = Linear32(d, self.n_expert)
 
-    @staticmethod
-    def refusals(config):
-        """[(is wrong, setting, why)] of a Config, beside what the traits say."""
-        return []
-
-    def draws_noise(self):
-        """Whether it does with its present settings."""
-        return self.traits.noise
-
     def set_token_counts(self, counts):
         """Told before training: how often each token id occurs in the corpus, (V,)."""
 
@@ -127,13 +120,12 @@ def limit_groups(scores, n_groups, topk_groups, best):
     (DeepSeek-V2 2405.04434 sec. 2.2.2, best = 1; V3, best = 2.)"""
     if topk_groups == n_groups:
         return scores
-    N, E = scores.shape
-    grouped = scores.view(N, n_groups, E // n_groups)
-    rank = grouped.topk(min(best, E // n_groups), -1).values.sum(-1)              # (N, groups)
+    grouped = scores.unflatten(1, (n_groups, -1))                                 # (N, groups, E / groups)
+    rank = grouped.topk(min(best, grouped.shape[2]), -1).values.sum(-1)           # (N, groups)
     chosen = rank.topk(topk_groups, -1).indices
     allowed = torch.zeros_like(rank, dtype=torch.bool).scatter(1, chosen, True)
     # -inf, not 0: a zero can still win against negative scores
-    return grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).view(N, E)
+    return grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(1)
 
 
 class TopK(Router):
@@ -142,12 +134,6 @@ class TopK(Router):
     traits = Traits("softmax top-k", "Mixtral 2401.04088, DeepSeekMoE 2401.06066, Qwen2 2407.10671; groups: "
                     "DeepSeek-V2 2405.04434", "softmax, after or before the selection",
                     reads=("gate_order", "n_groups", "topk_groups", "route_scale"))
-
-    @staticmethod
-    def refusals(config):
-        f = config.ffn
-        return [(visited(f) == 1 and f.gate_order != "softmax_then_topk", "ffn.gate_order", "makes the only "
-                 "gate of a token 1, so that the router would never learn; use \"softmax_then_topk\"")]
 
     def forward(self, x, ctx):
         c = self.config
@@ -170,7 +156,7 @@ class TopK(Router):
 class NoisyTopK(Router):
     """Noisy top-k (Shazeer et al. 1701.06538 sec. 2.1, appendix A), without noise in evaluation."""
     traits = Traits("noisy top-k", "Shazeer 1701.06538", "softmax, after the selection",
-                    balance="importance_load", noise=True)
+                    balance="importance_load", noise=True, least=2)
 
     def __init__(self, config, d, vocab_size=0, layer=0):
         super().__init__(config, d)
@@ -178,10 +164,6 @@ class NoisyTopK(Router):
         # both at zero: all experts begin equal, and the noise breaks the ties
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.noise.weight)
-
-    @staticmethod
-    def refusals(config):
-        return [(visited(config.ffn) == 1, "ffn.top_k", "makes the gate constant; use 2 or more")]
 
     def forward(self, x, ctx):
         # eq. 4: H(x) = x W_g + N(0,1) softplus(x W_n). A floor keeps the noise alive and eq. 8 finite: 0.01, as
@@ -212,9 +194,6 @@ class Switch(Router):
         super().__init__(config, d)
         # sec. 2.4: a tenth of the usual variance 1 / d (there all weights have it, here the router's)
         nn.init.normal_(self.score.weight, std=(0.1 / d) ** 0.5)
-
-    def draws_noise(self):
-        return self.config.jitter > 0
 
     def forward(self, x, ctx):
         # sec. 2.4: in training the router's input is multiplied by U(1 - j, 1 + j)
@@ -335,11 +314,10 @@ def hash_table(vocab_size, n_expert, counts=None, seed=0):
     if counts is None:
         return table[torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))]
     # or the most frequent id first, each to the expert that has the fewest tokens so far
-    load = torch.zeros(n_expert, dtype=torch.float64)
-    for token in torch.as_tensor(counts).argsort(descending=True, stable=True).tolist():
-        expert = int(load.argmin())
-        table[token] = expert
-        load[expert] += float(counts[token])
+    counts, load = torch.as_tensor(counts, dtype=torch.float64), torch.zeros(n_expert, dtype=torch.float64)
+    for token in counts.argsort(descending=True, stable=True).tolist():
+        table[token] = load.argmin()
+        load[table[token]] += counts[token]
     return table
 
 
@@ -457,15 +435,9 @@ class Domain(Router):
     """DEMix (Gururangan et al. 2108.05036): the expert of the sequence's known domain; nothing is learned. The
     paper mixes the predictions of whole models where the domain is unknown, as grow.ensemble does."""
     traits = Traits("the expert of the corpus", "DEMix 2108.05036", "1", k=1, balance="none", steerable=False,
-                    logits=False, not_grown="expert i belongs to corpus i; a new expert needs a new corpus, "
-                    "not an expansion", remedy="Their corpora give no text: see data.weights",
+                    logits=False, by_corpus=True, not_grown="expert i belongs to corpus i; a new expert needs a "
+                    "new corpus, not an expansion", remedy="Their corpora give no text: see data.weights",
                     sampling="a sampled text has no label, all experts are mixed with equal weight")
-
-    @staticmethod
-    def refusals(config):
-        E, names = config.ffn.experts, config.data.name
-        return [(not isinstance(names, list) or len(names) != E, "data.name", f"must list {E} corpora, one "
-                 "for each expert of ffn.router = \"domain\"")]
 
     def forward(self, x, ctx):
         B, T = ctx.token_ids.shape
@@ -483,14 +455,9 @@ ROUTERS = dict(topk=TopK, noisy_topk=NoisyTopK, switch=Switch, gshard=GShard, si
                sample_top1=SampleTop1, domain=Domain)
 
 
-def traits_of(config):
-    """The Traits of the router that an FFNConfig names."""
-    return ROUTERS[config.router].traits
-
-
 def visited(config):
     """Routed experts that a token visits, of an FFNConfig: G * top_k, or all of them."""
-    return config.experts if traits_of(config).k == ALL else config.top_k * config.granularity
+    return config.experts if ROUTERS[config.router].traits.k == ALL else config.top_k * config.granularity
 
 
 def help_text():

@@ -123,7 +123,7 @@ def encode_prompt(tokenizer, prompt):
     """Ids of a prompt, never none: the empty one is a line's end, or id 0 where the tokenizer has none. Raises
     DataError for characters that the tokenizer has never seen."""
     try:
-        return tokenizer.encode(prompt or "\n")
+        return tokenizer.encode(prompt or "\n") or [0]
     except DataError:
         if prompt:
             raise
@@ -158,7 +158,8 @@ def run(o):
     """Loads, generates, prints."""
     check_sample(o)
     device, terminal = pick_device(o.device), sys.stdout.isatty()
-    model, config, tokenizer, header = load_model(o.run_dir, device)
+    dtype = None if o.dtype == "auto" else getattr(torch, o.dtype)
+    model, config, tokenizer, header = load_model(o.run_dir, device, dtype=dtype)
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     marker = None if o.show_experts is None else Marker(pick_layer(o.show_experts, model.sparse), colour)
     ids, block = encode_prompt(tokenizer, o.prompt), config.model.block_size

@@ -33,16 +33,33 @@ class ModelConfig:
     attention_layers: list[int] = opt([], "indices of the blocks with attention, instead of attention_every")
     n_head: int = opt(4, "query heads of attention", low=1)
     n_kv_head: int = opt(0, "key/value heads, grouped-query attention (0: as many as n_head)", low=0)
+    head_dim: int = opt(0, "width of a head (0: n_embd / n_head)", low=0)
     qkv_bias: bool = opt(False, "biases on the q, k and v projections (Qwen2)")
+    out_bias: bool = opt(False, "a bias on attention's output projection")
+    qk_norm: str = opt("none", "a norm on queries and keys: of each head by itself (Qwen3), or of all heads "
+                       "together (OLMoE)", choices=["none", "head", "all"])
+    window: int = opt(0, "positions that attention sees, the token's own the last of them (0: all; Mistral)", low=0)
     rope: bool = opt(True, "rotary positions in attention (Jamba has none)")
     rope_base: float = opt(10000.0, "base of the rotary frequencies", low=1.0)
+    rope_scaling: str = opt("none", "slower rotary frequencies for texts longer than those of the training: all "
+                            "alike, or the slow ones alone (Llama 3.1)", choices=["none", "linear", "llama3"])
+    rope_factor: float = opt(1.0, "rope_scaling: how many times slower", low=1.0)
+    rope_original: int = opt(8192, "llama3: the context before, over which a pair's turns are counted", low=1)
+    rope_low: float = opt(1.0, "llama3: pairs of fewer turns are slowed down", low=0.0)
+    rope_high: float = opt(4.0, "llama3: pairs of more turns stay as they are", low=0.0)
     d_state: int = opt(16, "mamba: numbers n in the state of a channel", low=1)
     d_conv: int = opt(4, "mamba: positions K of the short convolution", low=1)
     expand: int = opt(2, "mamba: channels, times n_embd", low=1)
     dt_rank: int = opt(0, "mamba: width of what the step size is made from (0: n_embd / 16)", low=0)
+    norm_eps: float = opt(1e-5, "epsilon of the norms of blocks, queries, keys and output", low=1e-12)
     dropout: float = opt(0.0, "dropout on embeddings, attention and block outputs", low=0.0, high=0.9)
     tie_embeddings: bool = opt(True, "the output head shares the embedding table")
     loss_chunks: int = opt(1, "slices in which training computes the loss; above 1 it has no logits", low=1)
+
+    @property
+    def head_width(self):
+        """Width of one head of attention."""
+        return self.head_dim or self.n_embd // self.n_head
 
 
 @dataclass

@@ -94,7 +94,7 @@ def overview():
     rows = ["| exercise | what | lecture | difficulty | importance | minutes | points | needs |",
             "|---|---|---|---|---|---|---|---|"]
     for e in known:
-        needs = "triton" if "import triton" in solution(e.name) else "-"
+        needs = "triton" if "@triton.jit" in solution(e.name) else "-"
         lecture = f"[{e.lecture}]({lectures[str(e.lecture)]})"
         rows.append(f"| [`{e.name}`](exercises/{e.name}.py) | {e.title} | {lecture} | {e.difficulty} | {e.importance} | "
                     f"{e.minutes} | {e.points} | {needs} |")

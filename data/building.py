@@ -107,7 +107,7 @@ def encode_documents(documents, tokenizer):
     chained = (item for part in ((first,), documents) for item in part)
     if isinstance(first, np.ndarray):
         return chained
-    word_safe = tokenizer.kind in ("bpe", "gpt2")
+    word_safe = tokenizer.kind in ("bpe", "gpt2", "ids")
     return map(tokenizer.encode_array, join_blocks(chained, word_safe))
 
 

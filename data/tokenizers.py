@@ -5,10 +5,13 @@ into them.
     char   the characters of the corpus, sorted, as in nanoGPT's Shakespeare; any other is an error
     bpe    byte-pair encoding trained on the corpus (bpe.py), run by tiktoken
     gpt2   GPT-2's own 50,257 tokens, from the file that tiktoken downloads or has in its cache
+    imported   byte-pair encoding of a published model, with its own pattern (grow/hub_tokens.py)
+    ids    no text at all, but the ids themselves, written as numbers: "12 7 345 "
 
 Every token is a string of bytes. To decode is to join them, and the bytes of a text (for bits per
-byte) are the sum of its tokens' lengths. byte, bpe and gpt2 are lossless for every valid text: they
-spell in single bytes what they cannot merge. char is lossless for the characters of its corpus.
+byte) are the sum of its tokens' lengths. byte, bpe, gpt2 and imported are lossless for every valid
+text: they spell in single bytes what they cannot merge. char is lossless for the characters of its
+corpus.
 """
 import hashlib
 import json
@@ -28,15 +31,18 @@ PIECE = 1 << 16         # characters that a thread of tiktoken gets at a time
 
 
 class Tokenizer:
-    """kind: byte, char, bpe or gpt2. tokens: a list of bytes; the position of a token is its id.
-    Made by byte(), from_chars(), from_bpe(), gpt2() or load(). `fingerprint` is a short hash of
-    kind, tokens and pattern: two tokenizers with one fingerprint give the same ids.
+    """kind: byte, char, bpe, gpt2, imported or ids. tokens: a list of bytes; the position of a token
+    is its id. found (imported): ids of tokens that are looked for in a text before it is cut into
+    words, the longest first; unread: ids of tokens that no text is encoded as. Made by byte(),
+    from_chars(), from_bpe(), gpt2(), numbers() or load(). `fingerprint` is a short hash of what
+    _plain() says: two tokenizers with one fingerprint give the same ids.
     """
 
-    def __init__(self, kind, tokens, pattern=PATTERN):
+    def __init__(self, kind, tokens, pattern=PATTERN, found=(), unread=()):
         self.kind, self.tokens, self.pattern = kind, tokens, pattern
+        self.found, self.unread = list(found), list(unread)
         self.vocab_size = len(tokens)
-        self.name = f"bpe{len(tokens)}" if kind == "bpe" else kind
+        self.name = f"{kind}{len(tokens)}" if kind in ("bpe", "imported", "ids") else kind
         if kind == "char":
             # a table from code point to id; -1 is unknown, and so is the last row, for all code
             # points above
@@ -48,6 +54,14 @@ class Tokenizer:
             ranks = {token: rank for rank, token in enumerate(tokens) if token != b"<|endoftext|>"}
             self._encoding = tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks,
                                                special_tokens={})
+        elif kind == "imported":
+            apart = {*self.found, *self.unread}
+            ranks = {token: rank for rank, token in enumerate(tokens) if rank not in apart}
+            self._encoding = tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=ranks,
+                                               special_tokens={})
+            self._found = {tokens[i].decode(): i for i in self.found}
+            longest = sorted(self._found, key=len, reverse=True)
+            self._split = re.compile(f"({'|'.join(map(re.escape, longest))})")
         plain = json.dumps(self._plain(), sort_keys=True)
         self.fingerprint = hashlib.sha256(plain.encode()).hexdigest()[:16]
 
@@ -66,6 +80,13 @@ class Tokenizer:
     def from_bpe(cls, tokens):
         """tokens: the list that bpe.train_bpe returns."""
         return cls("bpe", tokens)
+
+    @classmethod
+    def numbers(cls, vocab_size):
+        """The ids 0 to vocab_size - 1 as they are, for a model whose tokenizer is not known here."""
+        if not 0 < vocab_size < 2**24:
+            raise ValueError(f"{vocab_size} token ids")
+        return cls("ids", [b"%d " % i for i in range(vocab_size)])
 
     @classmethod
     def gpt2(cls, patience=30):
@@ -98,12 +119,29 @@ class Tokenizer:
             if (ids < 0).any():
                 self._refuse(text, ids)
             return ids
+        if self.kind == "ids":
+            return self._read_numbers(text)
+        # imported: the tokens that are looked for first stand at the odd places
+        if self.kind == "imported":
+            parts = self._split.split(text) if self._found else [text]
+            ids = [[self._found[part]] if i % 2 else self._encoding.encode_ordinary(part)
+                   for i, part in enumerate(parts)]
+            return np.array([i for part in ids for i in part], np.int32)
         # bpe, gpt2: tiktoken encodes the pieces on several threads
         pieces = list(split_pieces(text, PIECE))
         threads = min(8, os.cpu_count() or 1)
         parts = self._encoding.encode_ordinary_batch(pieces, num_threads=threads)
         parts = [np.array(part, np.int32) for part in parts]
         return np.concatenate(parts or [np.empty(0, np.int32)])
+
+    def _read_numbers(self, text):
+        words = text.split()
+        odd = [word for word in words if not re.fullmatch(r"[0-9]{1,9}", word)
+               or int(word) >= self.vocab_size]
+        if odd:
+            raise DataError(f"{odd[0][:40]!r} is no token id: this model's tokenizer is not known "
+                            f"here; write ids below {self.vocab_size}, such as 12 7 345")
+        return np.array(words, np.int32)
 
     def _refuse(self, text, ids):
         unknown = sorted({text[i] for i in np.flatnonzero(ids < 0)})
@@ -140,9 +178,12 @@ class Tokenizer:
             return {"kind": "byte"}
         if self.kind == "char":
             return {"kind": "char", "chars": b"".join(self.tokens).decode()}
+        if self.kind == "ids":
+            return {"kind": "ids", "size": len(self.tokens)}
         # bytes as characters 0 to 255: legible where the token is ASCII, and exact
         tokens = [token.decode("latin-1") for token in self.tokens]
-        return {"kind": self.kind, "pattern": self.pattern, "tokens": tokens}
+        apart = {"found": self.found, "unread": self.unread} if self.kind == "imported" else {}
+        return {"kind": self.kind, "pattern": self.pattern, "tokens": tokens, **apart}
 
     def to_dict(self):
         """Everything as JSON-able values, for tokenizer.json beside the data and for every
@@ -158,9 +199,12 @@ class Tokenizer:
                 tokenizer = cls.byte()
             elif plain["kind"] == "char":
                 tokenizer = cls("char", [char.encode() for char in plain["chars"]])
-            elif plain["kind"] in ("bpe", "gpt2"):
+            elif plain["kind"] == "ids":
+                tokenizer = cls.numbers(plain["size"])
+            elif plain["kind"] in ("bpe", "gpt2", "imported"):
                 tokens = [token.encode("latin-1") for token in plain["tokens"]]
-                tokenizer = cls(plain["kind"], tokens, plain["pattern"])
+                tokenizer = cls(plain["kind"], tokens, plain["pattern"], plain.get("found", ()),
+                                plain.get("unread", ()))
             else:
                 raise KeyError(f"kind {plain['kind']!r}")
             stated = plain["fingerprint"], plain["vocab_size"]

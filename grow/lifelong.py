@@ -17,7 +17,7 @@ from data.binfile import DataError
 from grow.parents import next_command, open_parents, summed, validation
 from grow.retain import kl_divergence
 from model import GPT, sparse_layers
-from routers import ALL, traits_of
+from routers import ALL, ROUTERS
 from runtime import checkpoint
 from runtime.config import Parser, from_tables, parse
 from runtime.ending import Ending
@@ -165,7 +165,7 @@ def mean_divergence(teacher, model, batches):
 def compare(parent, model):
     """What the expansion of a Parent to this model changed, in lines: experts, parameters, FLOPs,
     balancing, and how far the predictions moved."""
-    teacher, traits = parent.model, traits_of(parent.config.ffn)
+    teacher, traits = parent.model, ROUTERS[parent.config.ffn.router].traits
     old, new = parent.config.ffn, model.config.ffn
     before, after = teacher.num_params(), model.num_params()
     batches, text = comparison(parent)

@@ -16,12 +16,15 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from data.binfile import explain
 from data.tokenizers import Tokenizer
 from runtime import parallel
 from runtime.config import all_fields, from_tables, to_toml
 from runtime.ending import program, quoted, tell
-from runtime.files import CheckpointError, load, save, there, write_text
+from runtime.files import CheckpointError, load, save, save_each, there, write_text
 from settings import ConfigError, LifelongConfig, show
 
 try:
@@ -47,10 +50,10 @@ class TrainingError(RuntimeError):
     status = 1
 
 
-def load_last(folder, device="cpu", say=tell):
+def load_last(folder, device="cpu", say=tell, mapped=False):
     """The newest whole checkpoint of a run folder: ckpt_last, else the one before it, and says so."""
     try:
-        return load(Path(folder) / LAST, device)
+        return load(Path(folder) / LAST, device, mapped)
     except CheckpointError as e:
         if not can_resume(folder) and there(Path(folder) / BEST):
             raise CheckpointError(f"{folder}: holds {BEST} alone, which lacks what it takes to go on; start "
@@ -59,7 +62,7 @@ def load_last(folder, device="cpu", say=tell):
         if isinstance(e.__cause__, PermissionError) or not there(Path(folder) / PREVIOUS):
             raise
         say(f"{e}; going back to {PREVIOUS}")
-        return load(Path(folder) / PREVIOUS, device)
+        return load(Path(folder) / PREVIOUS, device, mapped)
 
 
 def save_last(folder, header, model_state, optimizer_state, keep_previous=True):
@@ -182,9 +185,23 @@ def check_vocabulary(config, tokenizer, origin):
     config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
 
 
-def load_weights(model, state, where):
+class Undrawn(TorchDispatchMode):
+    """Leaves weights that are drawn as they are: memory that nobody writes in takes no room."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        drawn = func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+        return args[0] if drawn else func(*args, **(kwargs or {}))
+
+
+def undrawn(true):
+    """`with undrawn(true):` a model is made whose weights come from elsewhere."""
+    return Undrawn() if true else contextlib.nullcontext()
+
+
+def load_weights(model, state, where, mapped=False):
     """load_state_dict whose error names the file, the missing and unknown tensors and the changed shapes and
-    dtypes. What a layer may_lack stays as it was made."""
+    dtypes. What a layer may_lack stays as it was made. mapped: the model takes the tensors themselves, in
+    their dtype; else bfloat16 becomes what the model has."""
     own = model.state_dict()
     spare = {f"{path}.{name}": told for path, module in model.named_modules()
              for name, told in getattr(module, "may_lack", {}).items() if f"{path}.{name}" not in state}
@@ -193,7 +210,8 @@ def load_weights(model, state, where):
         tell(f"{where}: {told}")
     missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
     def kind(t):
-        return f"{tuple(t.shape)} {t.dtype}".replace(" torch.float32", "").replace("torch.", "")
+        text = f"{tuple(t.shape)} {t.dtype}".removesuffix(" torch.float32").removesuffix(" torch.bfloat16")
+        return text.replace("torch.", "")
 
     changed = [f"{n} {kind(state[n])} -> {kind(own[n])}" for n in own
                if n in state and kind(state[n]) != kind(own[n])]
@@ -201,7 +219,11 @@ def load_weights(model, state, where):
         if names:
             some = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
             raise CheckpointError(f"{where}: {what} {some}: it was saved by other code or another config")
-    model.load_state_dict(state)
+    if not mapped:
+        model.load_state_dict(state)
+        return
+    for name, t in model.state_dict(keep_vars=True).items():
+        t.data = state[name].data
 
 
 def fold_adapters(state, alpha):
@@ -214,11 +236,11 @@ def fold_adapters(state, alpha):
     return plain
 
 
-def load_plain(folder, device="cpu", which="best"):
+def load_plain(folder, device="cpu", which="best", mapped=False):
     """The Checkpoint of a run folder with the weights of a plain GPT, adapters folded in.
 
-    which: "best", or "last"; best falls back to last where a run has not been evaluated. Raises
-    CheckpointError.
+    which: "best", or "last"; best falls back to last where a run has not been evaluated. mapped: as in
+    files.load. Raises CheckpointError.
     """
     if not str(folder):
         raise CheckpointError("the name of the run folder is empty; give one")
@@ -226,7 +248,8 @@ def load_plain(folder, device="cpu", which="best"):
     if not there(folder):
         raise CheckpointError(f"{folder}: no such run folder; `{program('train.py')}` makes one")
     best = folder / BEST
-    checkpoint = load(best, device) if which == "best" and there(best) else load_last(folder, device)
+    load_one = load if which == "best" and there(best) else load_last
+    checkpoint = load_one(best if load_one is load else folder, device, mapped=mapped)
     alpha = checkpoint.header["config"].get("lifelong", {}).get("lora_alpha", 0.0)
     return checkpoint._replace(model=fold_adapters(checkpoint.model, alpha))
 
@@ -315,6 +338,15 @@ def save_made(out, config, state, tokenizer, ancestry=None):
     with going_on(out):
         save(Path(out) / BEST, header, state)
         save(Path(out) / LAST, header, state)
+
+
+def save_read(out, config, outlines, tensors, tokenizer, ancestry):
+    """Writes a model that was read elsewhere as a run folder, like save_made, but a tensor at a time (see
+    files.save_each), and as ckpt_last.pt alone."""
+    header = dict(step=0, tokens=0, seconds=0.0, val_loss=math.inf, config=config.to_dict(),
+                  tokenizer=tokenizer.to_dict(), ancestry=ancestry)
+    write_text(Path(out) / "config.toml", to_toml(config))
+    save_each(Path(out) / LAST, header, outlines, tensors)
 
 
 def tokenizer_of(saved):

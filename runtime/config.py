@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data.binfile import explain
 from runtime.ending import fail
+from runtime.fits import refuse
 from settings import SECTIONS, Config, ConfigError, show
 
 PATHS = ("train.init_from", "lifelong.teacher", "data.dir")             # in which ~ is the user's folder
@@ -173,11 +174,18 @@ def read_config(path=None, overrides=()):
     return config
 
 
+def check_names(config, known):
+    """Raises ConfigError for a setting that is none of the names known for it, {key: names}."""
+    for key, names in known.items():
+        if config.get(key) not in names:
+            config.fail(key, f"is not one of {', '.join(names)}{nearest(config.get(key), names)}")
+
+
 def check_run(config):
     """The config, if data, training and what keeps old knowledge fit together; raises ConfigError naming the
     first key that does not."""
     m, d, t, ll = config.model, config.data, config.train, config.lifelong
-    checks = [
+    return refuse(config, [
         (t.batch_size % t.grad_accum, "train.batch_size",
          f"cannot be cut into train.grad_accum = {t.grad_accum}"),
         (d.weights and (not isinstance(d.name, list) or len(d.weights) != len(d.name)), "data.weights",
@@ -196,11 +204,7 @@ def check_run(config):
          "weights do not move"),
         (ll.lora_rank and not t.init_from, "lifelong.lora_rank",
          "adapts a trained model: set train.init_from"),
-    ]
-    for wrong, key, why in checks:
-        if wrong:
-            config.fail(key, why)
-    return config
+    ])
 
 
 # ---- programs ----

@@ -2,9 +2,14 @@
 checked. It is data: torch.load(weights_only=True) executes nothing."""
 import contextlib
 import errno
+import io
 import json
+import math
 import os
+import pickle
+import sys
 import zipfile
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -78,9 +83,56 @@ def save(path, header, model_state, optimizer_state=None):
             raise e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e))
 
 
-def load(path, device="cpu"):
-    """The Checkpoint in a file, every byte checked. Raises CheckpointError if it is missing, unreadable,
-    damaged or foreign."""
+class Outline(NamedTuple):
+    """A tensor that save_each has yet to write; names with one key share its numbers."""
+    key: str
+    dtype: torch.dtype
+    shape: tuple
+
+
+class Outlines(pickle.Pickler):
+    """Writes an Outline as torch.save writes a contiguous tensor whose numbers lie elsewhere in the file."""
+
+    def persistent_id(self, obj):
+        if isinstance(obj, torch.UntypedStorage):                       # one that stands for an outline's
+            return self.storage
+        return None
+
+    def reducer_override(self, obj):
+        if not isinstance(obj, Outline):
+            return NotImplemented
+        kind = torch.storage._dtype_to_storage_type_map()[obj.dtype]
+        self.storage = "storage", getattr(torch, kind), obj.key, "cpu", math.prod(obj.shape)
+        stride = [math.prod(obj.shape[i + 1:]) for i in range(len(obj.shape))]
+        return torch._utils._rebuild_tensor_v2, (torch.UntypedStorage(0), 0, obj.shape, tuple(stride), False,
+                                                 OrderedDict())
+
+
+def save_each(path, header, outlines, tensors):
+    """Like save(), of a model that need not fit into memory: outlines {name: Outline}; tensors yields one for
+    each key, in the order in which the keys come first."""
+    stated = {name: [str(o.dtype).removeprefix("torch."), list(o.shape)] for name, o in outlines.items()}
+    header = dict(header, format=FORMAT, tensors=dict(model=stated, optimizer={}))
+    data, keys = io.BytesIO(), {o.key: o for o in outlines.values()}
+    Outlines(data, protocol=2).dump(dict(header=json.dumps(header), model=outlines, optimizer={}))
+    sizes = {key: math.prod(o.shape) * o.dtype.itemsize for key, o in keys.items()}
+    with written(path, sum(sizes.values())) as file:
+        try:
+            archive = torch._C.PyTorchFileWriter(file)
+            archive.write_record("data.pkl", data.getvalue(), len(data.getvalue()))
+            archive.write_record("byteorder", sys.byteorder, len(sys.byteorder))
+            for (key, o), t in zip(keys.items(), tensors, strict=True):
+                own = t.clone(memory_format=torch.contiguous_format)
+                assert (own.dtype, tuple(own.shape)) == (o.dtype, o.shape)
+                archive.write_record(f"data/{key}", own.untyped_storage(), sizes[key])
+            archive.write_end_of_file()
+        except RuntimeError as e:                           # as in save()
+            raise e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e))
+
+
+def load(path, device="cpu", mapped=False):
+    """The Checkpoint in a file, every byte checked. mapped: its tensors are views of the file, of which memory
+    holds what is used. Raises CheckpointError if it is missing, unreadable, damaged or foreign."""
     if not there(path):
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
@@ -90,7 +142,7 @@ def load(path, device="cpu"):
             damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(f"checksum of {damaged}")
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
         checkpoint = Checkpoint(json.loads(content["header"]), content["model"], content["optimizer"])
         if (version := checkpoint.header["format"]) == FORMAT:
             check_content(checkpoint)

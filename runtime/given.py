@@ -45,6 +45,11 @@ SWITCHED = [
     *((f"model.{name}", lambda c: c.model.mixer == "mamba", "model.mixer = \"mamba\"")
       for name in ("d_state", "d_conv", "expand", "dt_rank")),
     ("train.decay_share", lambda c: c.train.schedule == "wsd", "train.schedule = \"wsd\""),
+    *((f"model.{name}", lambda c: has_attention(c.model), "attention in some block")
+      for name in ("head_dim", "out_bias", "qk_norm", "window", "rope_scaling")),
+    ("model.rope_factor", lambda c: c.model.rope_scaling != "none", "model.rope_scaling"),
+    *((f"model.{name}", lambda c: c.model.rope_scaling == "llama3", "model.rope_scaling = \"llama3\"")
+      for name in ("rope_original", "rope_low", "rope_high")),
     ("lifelong.distill_temperature", lambda c: c.lifelong.distill, "lifelong.distill"),
     ("lifelong.teacher", lambda c: c.lifelong.distill or c.lifelong.l2, "lifelong.distill or lifelong.l2"),
     ("lifelong.lora_alpha", lambda c: c.lifelong.lora_rank, "lifelong.lora_rank")]
@@ -57,6 +62,11 @@ def refuse_switched_off(config):
         given = config.sources.get(key, "").startswith("--") and config.get(key) != Config().get(key)
         if given and not is_on(config):
             config.fail(key, f"has no effect: it is read with {switch}")
+
+
+def has_attention(m):
+    """Whether some block of a ModelConfig has it."""
+    return m.mixer == "attention" or m.attention_every or m.attention_layers
 
 
 def in_effect(f, choice, value, readers):

@@ -105,6 +105,8 @@ def sample_parser(about):
                         help="mark every token with the expert that this layer, counted from 0, sent it to: "
                              "colours on a terminal, [3]token elsewhere or with NO_COLOR set (default: off; "
                              "without LAYER the last sparse layer)")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                        help="of the weights; auto: as they are stored (default: auto)")
     parser.add_argument("--no_cache", action="store_true",
                         help="read the whole window for every token: slow, the same text (default: off)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",

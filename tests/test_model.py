@@ -16,7 +16,7 @@ from kernels.norm import NormOnCPU
 from model import GPT, Cache, RMSNorm, load_config, readers, rotary_table, rotate, sparse_layers
 from moe import MoE
 from runtime.config import all_fields, read_config, to_toml
-from settings import ConfigError, FFNConfig
+from settings import ConfigError, FFNConfig, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 SPARSE = [kind for kind in KINDS if kind != "dense"]
@@ -279,7 +279,7 @@ def test_cache_is_preallocated_for_the_kv_heads_only():
 
 def test_rope_depends_on_distance_only():
     """(R_i q) . (R_j k) is a function of i - j."""
-    table = rotary_table(8, 20, 10000.0)
+    table = rotary_table(ModelConfig(n_embd=8, n_head=1, block_size=20))
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8, generator=g)
     turned = [rotate(x.expand(1, 20, 1, 8), table)[0, :, 0] for x in (q, k)]
@@ -294,7 +294,7 @@ def test_rope_depends_on_distance_only():
 
 def test_rope_frequencies():
     angle = torch.outer(torch.arange(20.0), 500.0 ** (-torch.arange(4) / 4))
-    cos, sin = rotary_table(8, 20, 500.0)[:, :, 0]
+    cos, sin = rotary_table(ModelConfig(n_embd=8, n_head=1, block_size=20, rope_base=500.0))[:, :, 0]
     torch.testing.assert_close(cos, torch.cat([angle.cos()] * 2, -1))
     torch.testing.assert_close(sin, torch.cat([-angle.sin(), angle.sin()], -1))
 

@@ -403,7 +403,7 @@ def test_characters_never_seen_and_dense_models_have_their_errors(tmp_path, caps
 def test_help_lists_every_option_with_its_default(capsys):
     status, out, _ = program(capsys, "--help")
     options = [a for a in sample.sample_parser("")._actions if a.option_strings and a.dest != "help"]
-    assert status == 0 and len(options) == 11
+    assert status == 0 and len(options) == 12
     for action in options:
         assert action.option_strings[0] in out and "(default: " in action.help
 

@@ -23,6 +23,8 @@ SMALL = {"model.n_layer": [1, 2, 3], "model.n_head": [1, 2, 3, 4], "model.n_kv_h
          "model.attention_every": [0, 1, 2, 3], "model.attention_layers": [[], [0], [1, 0], [5]],
          "model.d_state": [1, 2, 5], "model.d_conv": [1, 2, 4], "model.expand": [1, 2, 3],
          "model.dt_rank": [0, 1, 3],
+         "model.head_dim": [0, 0, 1, 2, 4, 6], "model.window": [0, 1, 3, 100], "model.rope_original": [1, 4, 8192],
+         "model.rope_factor": [1.0, 1.5, 8.0], "model.rope_low": [0.0, 1.0, 4.0],
          "model.vocab_size": [0, 0, 100, 256, 263, 300], "model.loss_chunks": [1, 2, 5, 100],
          "ffn.d_ff": [0, 1, 2, 6, 8, 16, 24], "ffn.d_dense": [0, 1, 8, 20], "ffn.moe_every": [0, 1, 2, 3],
          "ffn.moe_layers": [[], [0], [1], [1, 0], [2], [5]], "ffn.n_dense_first": [0, 1, 2],
