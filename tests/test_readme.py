@@ -22,8 +22,8 @@ import train
 from data import prepare
 from data.corpora import sources
 from data.corpora.corpus import Corpus
-from grow import btx, clusters, lifelong, outer
-from lab import experiment, plots, scaling
+from grow import bar, btx, clusters, lifelong, outer
+from lab import experiment, page, plots, scaling
 from lab.drawing.routers import router_table
 from runtime import report
 from runtime.checkpoint import load
@@ -51,9 +51,9 @@ def test_it_is_short_and_its_tables_are_true():
 # ---- its commands
 
 PROGRAMS = {"train.py": train.main, "sample.py": sample.main, "lab.plots": plots.main, "data.prepare": prepare.main,
-            "grow.btx": btx.main, "grow.clusters": clusters.main, "grow.outer": outer.main,
+            "lab.page": page.main, "grow.bar": bar.main, "grow.btx": btx.main, "grow.clusters": clusters.main, "grow.outer": outer.main,
             "grow.lifelong": lifelong.main, "lab.experiment": experiment.main, "lab.scaling": scaling.main}
-ELSEWHERE = {"minimal.py", "venv", "pytest"}                # run by other tests, or by whoever reads this
+ELSEWHERE = {"minimal.py", "venv", "pytest", "course.tour", "course.check"}       # run by other tests, or by whoever reads this
 
 
 def commands():
@@ -95,6 +95,8 @@ def test_every_command_runs(tmp_path, monkeypatch, corpora):                    
             words = [*words, "--out", "clustered", "--quiet"]
         if module == "train.py":
             words = [*words, *(small[-4:-3] + ["--train.max_steps=2", "--quiet"] if "--resume" in words else small)]
+        if module == "lab.page":
+            words = [*words, "--prompt", "def f(x):"]
         if module == "sample.py":
             words = [*words, "--tokens", "5"]
         if module == "data.prepare":
