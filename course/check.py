@@ -96,8 +96,8 @@ def overview():
     for e in known:
         needs = "triton" if "@triton.jit" in solution(e.name) else "-"
         lecture = f"[{e.lecture}]({lectures[str(e.lecture)]})"
-        rows.append(f"| [`{e.name}`](exercises/{e.name}.py) | {e.title} | {lecture} | {e.difficulty} | {e.importance} | "
-                    f"{e.minutes} | {e.points} | {needs} |")
+        rows.append(f"| [`{e.name}`](exercises/{e.name}.py) | {e.title} | {lecture} | {e.difficulty} "
+                    f"| {e.importance} | {e.minutes} | {e.points} | {needs} |")
     minutes, points = (sum(getattr(e, name) for e in known) for name in ("minutes", "points"))
     return "\n".join([*rows, f"| {len(known)} | | | | | {minutes} | {points} | |"])
 
