@@ -7,6 +7,8 @@ moe|model|peer|mamba|parallel`.
     mamba   the selective scan, and a training step of configs/jamba.toml beside its twins
     parallel  a MoE layer whose experts two CPU processes share, and the exchange of its rows
 
+The memory that an imported model takes has a program of its own: python -m lab.timing.hub.
+
 What each number means is in lab/timing/measure.py; what is compared stands above each bench's
 tables.
 """

@@ -21,6 +21,7 @@ from data.batches import EvalBatches
 from data.binfile import DataError
 from data.prepare import prepared
 from lab.drawing.logs import read_columns
+from lab.papers.inside import corpora_of
 from lab.papers.probes import PROBES
 from lab.timing.measure import device_name
 from model import KINDS, load_model
@@ -43,12 +44,18 @@ def evaluate(folder, corpora=(), probes=()):
     # The model, and the corpora that it is evaluated on.
     folder, device = Path(folder), resolve_device("auto")
     which = "last" if (folder / checkpoint.LAST).exists() else "best"
-    model, config, tokenizer, header = load_model(folder, device, which)
+    loaded = load_model(folder, device, which)
+    _, config, tokenizer, _ = loaded
     names = config.data.name if isinstance(config.data.name, list) else [config.data.name]
-    corpora = list(corpora) or names
     dtype, _ = resolve_dtype(config.train.dtype, device)
-    batches = validation(config, corpora, names, tokenizer)
+    batches = validation(config, list(corpora) or names, names, tokenizer)
+    return measured(folder, loaded, batches, probes, device, dtype)
+
+
+def measured(folder, loaded, batches, probes, device, dtype):
+    """The row of a run folder: loaded is what load_model gave, batches those of validation."""
     # One pass over the validation batches gives losses and loads.
+    (model, config, _, header), corpora = loaded, corpora_of(batches)
     sums, loads = one_pass(model, batches, corpora, device, dtype)
     # Everything that a row of runs.csv says of a model.
     params = model.num_params()

@@ -77,18 +77,23 @@ def chance(model, batches, config, device, dtype):
         labels += [corpus] * len(x)
     if not tables:
         return {}
-    table, labels = torch.cat(tables), torch.tensor(labels)
+    true, drawn = shuffled(torch.cat(tables), torch.tensor(labels), len(corpora))
+    return dict(specialisation_chance=sum(drawn) / DRAWS,
+                specialisation_p=sum(value >= true for value in drawn) / DRAWS)
 
+
+def shuffled(table, labels, C):
+    """Mutual information of corpus and expert, all corpora counted alike, in nats: (the true one,
+    DRAWS in which the sequences swap their labels). table (sequences, E); labels: the corpus of
+    each, below C."""
     def specialisation(labels):
-        sums = table.new_zeros(len(corpora), table.shape[1]).index_add(0, labels, table)
+        sums = table.new_zeros(C, table.shape[1]).index_add(0, labels, table)
         return information(alike(sums))
 
     generator = torch.Generator().manual_seed(0)
     drawn = [specialisation(labels[torch.randperm(len(labels), generator=generator)])
              for _ in range(DRAWS)]
-    true = specialisation(labels)
-    return dict(specialisation_chance=sum(drawn) / DRAWS,
-                specialisation_p=sum(value >= true for value in drawn) / DRAWS)
+    return specialisation(labels), drawn
 
 
 @torch.no_grad()

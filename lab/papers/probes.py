@@ -18,6 +18,7 @@ from data.corpora import recall as look_ups
 from data.corpora.arithmetic import as_text, final_answer, problems, prompt
 from data.prepare import prepared
 from grow.hidden_units import hidden_units
+from lab.papers.by_layer import by_layer
 from lab.papers.inside import can_lose, chance, inside, whole_sequence, without
 from routers import top_expert
 from runtime.device import precision
@@ -269,4 +270,4 @@ def recall(model, batches, config, device, dtype):
 PROBES = {"repeats": repeats, "surgery": surgery, "groups": groups, "overflow": overflow,
           "expert_cosine": expert_cosine, "logits": logits, "math_right": math_right,
           "answers": answers, "recall": recall, "inside": inside, "chance": chance,
-          "whole_sequence": whole_sequence}
+          "whole_sequence": whole_sequence, "by_layer": by_layer}
