@@ -16,7 +16,7 @@ Krajewski et al. 2024 (2402.07871) let the tokens D vary, too, and cut experts t
 
     L = c + (g / G^gamma + a) / N^alpha + b / D^beta                (nats a token)
     N = d^2 (8 E + 4) blocks                all experts counted, embeddings not
-    FLOPs = (12 d^2 6 + d E G 14) D blocks  of training; 14 d E G are the routing
+    FLOPs = (72 d^2 + 14 d E G) D blocks    of training; 14 d E G are the routing
     d = 64 blocks                           not rounded: a shape that gives back the paper's table
 
 Here E is the expansion, the feed-forward parameters over those of the dense model. A budget of

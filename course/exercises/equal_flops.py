@@ -18,8 +18,8 @@ A multiply-add is 2 FLOPs. Bias, activation, softmax and top-k are not counted.
 Write the arithmetic. Then, before you look at any figure, write into predict() what you expect of
 models with 8 experts, 2 layers and d = 64, at a fixed budget of 480 steps with G = 1 (983,040
 tokens of a Markov source). Equal FLOPs there are those of the paper's count, in which a layer takes
-14 d E for routing and 72 d^2 for all else. The check prints what came out: three seeds, recorded in
-results/fine_grained.
+14 d E for routing and 72 d^2 for all else. Each sparse layer ends in a norm, as in the paper. The
+check prints what came out: three seeds, recorded in results/fine_grained.
 
 It matters because every comparison of sparse models rests on such a count. One that forgets the
 router always finds that the finest experts are best.
@@ -48,7 +48,8 @@ def steps(G, steps_1, d, d_ff, n_expert, top_k, matrices, other):
 def predict():
     """Your predictions, as a dict of numbers:
 
-    gain_at_equal_tokens    nats by which G = 4 ends below G = 1 after equally many tokens
-    best_at_equal_flops     the G of 1, 2, 4, 8 and 32 with the lowest loss at equal FLOPs
+    gain_at_equal_tokens    nats by which G = 4 ends below G = 1 after equally many tokens, +- 0.1
+    best_at_equal_flops     the G of 1, 2, 4, 8 and 32 with the lowest loss at equal FLOPs; half or
+                            twice the best one passes, too
     worst_at_equal_flops    the G of these with the highest"""
     raise NotImplementedError("yours")

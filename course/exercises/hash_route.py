@@ -10,7 +10,8 @@ balance, and it is the control that a learned router has to beat. What matters i
 2. `balanced_table` looks at a corpus: it takes the ids from the most frequent one down, and gives
    each to the expert that has the fewest tokens so far. A few ids make up most of a text, so that a
    deal that is even in ids is uneven in tokens.
-3. `fewest_possible` says how even any table can be. An id cannot be cut in two.
+3. `fewest_possible` bounds how even any table can be, by two facts: every token has to go
+   somewhere, and an id cannot be cut in two.
 4. `hash_route` looks up.
 """
 import torch
@@ -28,7 +29,9 @@ def balanced_table(counts, E):
 
 
 def fewest_possible(counts, E):
-    """counts (V,) -> int: the busiest expert has at least so many tokens, whatever the table."""
+    """counts (V,) -> int: the busiest expert has at least so many tokens, whatever the table: the
+    larger of two bounds, one from the sum of the counts and one from a single id. (A table may
+    have to be less even than that.)"""
     raise NotImplementedError("yours")
 
 

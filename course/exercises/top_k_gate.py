@@ -13,7 +13,7 @@ what each of them returns with a gate. Papers make the gates of the logits z (N,
                                (Shazeer 1701.06538 eq. 3; Mixtral 2401.04088 sec. 2.1)
 
 Write all three. Then look at k = 1. The choice itself has no gradient: the router learns from the
-text through its gates alone. Say which orders still teach it when there is one.
+text through its gates alone. Say which orders still teach it then.
 """
 import torch
 

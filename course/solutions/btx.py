@@ -40,8 +40,8 @@ def mix(branches, mixed):
     branches: E dense GPTs of this repository. mixed: a GPT with parameters of the same names and
     shapes, but for the layers that are sparse in it, where
 
-    a branch  blocks.0.ffn.mlp.w_in.weight (h, d)       blocks.0.ffn.mlp.w_out.weight (d, h)
-    mixed     blocks.0.ffn.experts.w_in (E, h, d)       blocks.0.ffn.experts.w_out (E, d, h)
+    a branch  blocks.0.ffn.mlp.w_in.weight (w, d)       blocks.0.ffn.mlp.w_out.weight (d, w)
+    mixed     blocks.0.ffn.experts.w_in (E, w, d)       blocks.0.ffn.experts.w_out (E, d, w)
               blocks.0.ffn.router.score.weight (E, d), drawn already
 
     The head may be tied to the embedding: two names, one tensor."""

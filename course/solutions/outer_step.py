@@ -37,8 +37,9 @@ def outer_step(theta, workers, velocity, lr, momentum):
 
 
 def diloco(theta, train, k, rounds, lr, momentum):
-    """The centre after some rounds, a new tensor. train(i, theta): worker i's weights after its H
-    steps from theta, which it does not change; its data and its optimizer belong to it."""
+    """The centre after some rounds, a new tensor. train(i, theta): the weights of worker i, 0 to
+    k - 1, after its H steps from theta, which it does not change; its data and its optimizer
+    belong to it."""
     # the outer optimizer's memory lasts over all rounds
     velocity = torch.zeros_like(theta)
     for _ in range(rounds):

@@ -24,6 +24,7 @@ and the experts of one copy, all at gate 1, add up to the layer:
 
     FFN(x) = sum over units u of w_out[:, u] act(w_in[u] x)         a unit: a row and a column
 
+Here h is the hidden width of the dense layer (not a number of heads), w that of a narrow expert.
 SwiGLU has two rows for each unit, stacked: w_in (2 h, d) holds all h gate rows, then all h up rows.
 
 It matters because a mistake here does not stop a run. It starts from a worse model, and nobody

@@ -1,8 +1,8 @@
 """Bug 10: a delta of the wrong sign."""
 import torch
 
-BUG = "(theta - p).detach()"
-RIGHT = "(p - theta).detach()"
+BUG = "(q - p).detach()"
+RIGHT = "(p - q).detach()"
 
 WHY = """\
 An optimizer walks against what it finds in .grad, so Delta must point from the new weights back to

@@ -56,7 +56,7 @@ class Outer:
         """One outer step towards these models."""
         for p, *theirs in zip(self.model.parameters(), *(w.parameters() for w in workers)):
             # Delta, how far the workers came, in the place where SGD looks for a gradient
-            p.grad = torch.stack([(theta - p).detach() for theta in theirs]).mean(0)
+            p.grad = torch.stack([(q - p).detach() for q in theirs]).mean(0)
         self.sgd.step()
         self.sgd.zero_grad()
 

@@ -1,10 +1,10 @@
 """A Qwen2-MoE layer: routed experts, and a shared one behind a gate of its own.
 
 Qwen2 (2407.10671): y = sum over the chosen i of g_i E_i(x) + sigmoid(x w_s) E_s(x). The shared
-expert is one MLP that is n_shared times as wide as a routed one. The routed gates are the softmax
-over all E experts; of the k largest, divided by their sum if norm_topk (models of the series differ
-in it). The layer is used with any k from 1 to E, 1 for the cheapest model of a series. The router
-has no loss of its own: all that it learns comes through its gates.
+expert is one MLP that is n_shared times as wide as a routed one. The routed gates are the k largest
+of the softmax over all E experts; norm_topk makes those that share a token sum to 1 (models of the
+series differ in it). The layer is used with any k from 1 to E, 1 for the cheapest model of them.
+The router has no loss of its own: at every k all that it learns comes through its gates.
 
     layer = QwenLayer(d=16, width=8, n_expert=8, top_k=2)
     y = layer(torch.randn(2, 8, 16))                # (B, T, d)
