@@ -93,12 +93,12 @@ class Mamba(nn.Module):
         last = x[:, x.shape[1] - tail.shape[1]:]
         x = F.silu(convolve(x, self.conv_weight, self.conv_bias))
         # the selection: step size, what is written and what is read, of each position; in Jamba with norms
-        delta, write, read = self.w_select(x).to(h.dtype).split([self.rank, self.n, self.n], -1)
+        delta, write, read = self.w_select(x).to(self.skip.dtype).split([self.rank, self.n, self.n], -1)
         delta = F.softplus(self.w_delta(self.norm_delta(delta)).to(h.dtype))        # (B, T, c), alg. 2
-        write, read = self.norm_write(write), self.norm_read(read)                  # (B, T, n)
+        write, read = self.norm_write(write).to(h.dtype), self.norm_read(read).to(h.dtype)      # (B, T, n)
         # the states, in float32; the rates are negative, so that they decay
         with torch.autocast(x.device.type, enabled=False):
-            y, final = scan(x.to(h.dtype), delta, -self.log_rate.exp(), write, read, h)
+            y, final = scan(x.to(h.dtype), delta, -self.log_rate.to(h.dtype).exp(), write, read, h)
         if state is not None:
             tail.copy_(last)
             h.copy_(final)

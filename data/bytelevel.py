@@ -1,5 +1,5 @@
-"""The tokenizer.json of a published model, if it is byte-pair encoding of bytes, as a Tokenizer that
-tiktoken runs.
+"""The tokenizer.json of a published model, if it is byte-pair encoding of bytes, as a Tokenizer
+that tiktoken runs.
 
 There a list of merges says which pairs may be joined, and a table gives every token its id.
 tiktoken joins any pair that makes a token, and its id is its priority. Both do the same if the ids
@@ -83,7 +83,7 @@ def check_merges(tokens, pairs, whole_words):
     want(ids == sorted(ids), "the ids of its tokens are not in the order of its merges")
     for token in made:
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        every = whole_words and all((a, b) in merges for a, b in splits if a in tokens and b in tokens)
+        every = whole_words and all(pair in merges for pair in splits if tokens.keys() >= {*pair})
         want(every or joined(token, merges) == [token],
              f"its merges do not lead to the token {token!r}")
 
@@ -146,8 +146,8 @@ def convert(plain, vocab_size):
 
 
 def tokenizer_of(folder, vocab_size):
-    """(Tokenizer, notes) of a model's folder; one of numbers alone, and why, where its rules are not
-    known here. Raises DataError for a damaged file."""
+    """(Tokenizer, notes) of a model's folder; one of numbers alone, and why, where its rules are
+    not known here. Raises DataError for a damaged file."""
     if not (folder / NAME).exists():
         why = f"the folder has no {NAME}"
     else:
@@ -157,6 +157,6 @@ def tokenizer_of(folder, vocab_size):
         except Refused as e:
             why = f"{NAME}: {e}"
         except (KeyError, TypeError, AttributeError, ValueError, regex.error) as e:
-            raise DataError(f"{folder / NAME}: is no tokenizer ({type(e).__name__}: {str(e)[:200]}); "
-                            "download it again") from None
+            raise DataError(f"{folder / NAME}: is no tokenizer ({type(e).__name__}: "
+                            f"{str(e)[:200]}); download it again") from None
     return Tokenizer.numbers(vocab_size), [f"text is not read or written, only token ids: {why}"]

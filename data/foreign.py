@@ -29,7 +29,8 @@ def inside(folder, name):
 
 
 def parsed(raw, where):
-    """The JSON object in some bytes. Raises DataError unless it is one, each key once, without NaN."""
+    """The JSON object in some bytes. Raises DataError unless it is one, each key once, without
+    NaN."""
     def once(pairs):
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
@@ -42,7 +43,7 @@ def parsed(raw, where):
 
     try:
         found = json.loads(raw.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
-    except (ValueError, RecursionError) as e:                   # bytes that are no UTF-8 are a ValueError
+    except (ValueError, RecursionError) as e:           # bytes that are no UTF-8 are a ValueError
         why = str(e)[:200]
         raise DataError(f"{where}: not valid JSON ({why}); download it again") from None
     if not isinstance(found, dict):

@@ -5,7 +5,7 @@ into them.
     char   the characters of the corpus, sorted, as in nanoGPT's Shakespeare; any other is an error
     bpe    byte-pair encoding trained on the corpus (bpe.py), run by tiktoken
     gpt2   GPT-2's own 50,257 tokens, from the file that tiktoken downloads or has in its cache
-    imported   byte-pair encoding of a published model, with its own pattern (grow/hub_tokens.py)
+    imported   byte-pair encoding of a published model, with its own pattern (data/bytelevel.py)
     ids    no text at all, but the ids themselves, written as numbers: "12 7 345 "
 
 Every token is a string of bytes. To decode is to join them, and the bytes of a text (for bits per
@@ -31,9 +31,9 @@ PIECE = 1 << 16         # characters that a thread of tiktoken gets at a time
 
 
 class Tokenizer:
-    """kind: byte, char, bpe, gpt2, imported or ids. tokens: a list of bytes; the position of a token
-    is its id. found (imported): ids of tokens that are looked for in a text before it is cut into
-    words, the longest first; unread: ids of tokens that no text is encoded as. Made by byte(),
+    """kind: byte, char, bpe, gpt2, imported or ids. tokens: a list of bytes; the position of a
+    token is its id. found (imported): ids of tokens that are looked for in a text before it is cut
+    into words, the longest first; unread: ids of tokens that no text is encoded as. Made by byte(),
     from_chars(), from_bpe(), gpt2(), numbers() or load(). `fingerprint` is a short hash of what
     _plain() says: two tokenizers with one fingerprint give the same ids.
     """
@@ -83,7 +83,7 @@ class Tokenizer:
 
     @classmethod
     def numbers(cls, vocab_size):
-        """The ids 0 to vocab_size - 1 as they are, for a model whose tokenizer is not known here."""
+        """The ids 0 to vocab_size - 1 as they are: of a model whose tokenizer is not known here."""
         if not 0 < vocab_size < 2**24:
             raise ValueError(f"{vocab_size} token ids")
         return cls("ids", [b"%d " % i for i in range(vocab_size)])

@@ -20,11 +20,12 @@ from data.binfile import DataError, explained
 from data.bytelevel import tokenizer_of
 from data.foreign import read_json
 from grow import btx
-from grow.hub_families import FAMILIES, SHARED, config_of, factors, settings_of
+from grow.hub_families import FAMILIES, SHARED, config_of, factors, settings_of, unread
 from model import GPT, check, load_model, readers, resolve, sparse_layers
 from routers import visited
 from runtime import checkpoint, shards
 from runtime.config import Parser, all_fields, from_tables
+from runtime.ending import program, quoted
 from runtime.files import Outline
 from settings import ConfigError, show
 
@@ -61,9 +62,9 @@ def read_config(folder, block_size):
         settings = settings_of(theirs, FAMILIES[name])
     except ValueError as e:
         raise DataError(f"{where}: {e}") from None
+    settings["model"] |= {"block_size": block_size} if block_size else {}
     config = from_tables(settings, str(where))
     m = config.model
-    m.block_size = block_size or m.block_size
     m.head_dim = 0 if m.head_dim * m.n_head == m.n_embd else m.head_dim
     if m.block_size > LONGEST:
         raise DataError(f"{where}: a context of {m.block_size} positions; give --block_size")
@@ -83,20 +84,7 @@ def outline(config, folder, n):
                         f"({str(e).splitlines()[0][:80]})") from None
 
 
-def check_tensors(folder, entries, places, tied):
-    """Raises DataError unless the files hold the tensors that the model needs, and no others."""
-    wanted = dict(piece for _, rows in places.values() for pieces in rows for piece in pieces)
-    for name, shape in wanted.items():
-        if name not in entries:
-            raise DataError(f"{folder}: lacks the tensor {name}")
-        if entries[name].shape != shape:
-            raise DataError(f"{folder}: the tensor {name} is {entries[name].shape}, not {shape}")
-    for name in entries.keys() - wanted.keys():
-        if not (name.endswith(SHARED["spare"]) or tied and name == "lm_head.weight"):
-            raise DataError(f"{folder}: has the tensor {name[:80]}, for which there is no place")
-
-
-def assembled(place, entries, factor, dtype):
+def joined(place, entries, factor, dtype):
     """A tensor of ours from theirs."""
     def piece(name):
         t = shards.read_tensor(entries, name)
@@ -117,28 +105,32 @@ def import_model(o, _):
     # what there should be and what there is, before memory is taken
     model = outline(config, folder, len(entries))
     places = layout(FAMILIES[name], config, model)
-    check_tensors(folder, entries, places, m.tie_embeddings)
+    wanted = dict(piece for _, rows in places.values() for pieces in rows for piece in pieces)
+    shards.check(folder, entries, wanted, tuple(SHARED["spare"]))
     factor = factors(theirs, FAMILIES[name], m.head_width, m.tie_embeddings)
     tokenizer, notes = tokenizer_of(folder, m.vocab_size)
-    narrow = all(entry.dtype == torch.bfloat16 for entry in entries.values())
+    narrow = {entry.dtype for entry in entries.values()} == {torch.bfloat16}
     dtype = getattr(torch, o.dtype or ("bfloat16" if narrow else "float32"))
     if factor and dtype == torch.bfloat16:
         notes.append("multipliers became part of the weights and round them; not so in float32")
+    keys = unread(theirs, FAMILIES[name])
+    notes += [f"config.json has keys that are not read: {ascii(keys)[:200]}"] if keys else []
     # the run folder
     made = {ours: Outline(ours if ours in places else "embedding.weight", dtype, tuple(t.shape))
             for ours, t in model.items()}
-    read = (assembled(place, entries, factor, dtype) for place in places.values())
+    read = (joined(place, entries, factor, dtype) for place in places.values())
     ancestry = dict(kind="hub", parents=[], family=name, source=str(folder.absolute()),
                     config=theirs)
     with checkpoint.Lock(out):
         checkpoint.check_free(out, o.overwrite, [o.source])
         checkpoint.clear_run(out)
         checkpoint.carry_tokenizer(config, tokenizer, out)
-        table = assembled(places["embedding.weight"], entries, factor, dtype)
-        checkpoint.sign(ancestry, out, table)
+        checkpoint.sign(ancestry, out, joined(places["embedding.weight"], entries, factor, dtype))
         checkpoint.save_read(out, config, made, read, tokenizer, ancestry)
-    size = sum(t.numel() for ours, t in model.items() if ours in places)
-    print(f"{out}: {name}, {size:,} parameters, {str(dtype)[6:]}", *notes, sep="\n")
+    size = sum(model[ours].numel() for ours in places)
+    show_experts = " --show_experts" if sparse_layers(config) else ""
+    print(f"{out}: {name}, {size:,} parameters, {str(dtype)[6:]}", *notes,
+          f"Next:\n  {program('sample.py')} {quoted(out)}{show_experts}", sep="\n")
 
 
 def meaning(config):
@@ -192,8 +184,8 @@ def export_model(o, _):
         for t, some in zip(state[ours] if stacked else [state[ours]], rows):
             parts = t.split([shape[0] for _, shape in some])
             pieces |= {text: part.to(dtype) for (text, _), part in zip(some, parts)}
-    tokens = [key for key in origin.get("config", {}) if key.endswith("_token_id")]
-    theirs |= {key: origin["config"][key] for key in tokens} | dict(torch_dtype=str(dtype)[6:])
+    theirs |= {key: value for key, value in origin.get("config", {}).items()
+               if key.endswith("_token_id")} | dict(torch_dtype=str(dtype)[6:])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: is there already; choose another folder with --out")
     with explained(out):
@@ -209,16 +201,16 @@ def build_parser():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(required=True, metavar="COMMAND")
     reads = sub.add_parser("import", help="a downloaded folder becomes a run")
-    reads.add_argument("source", metavar="FOLDER")
+    reads.add_argument("source", metavar="FOLDER", help="with config.json and *.safetensors")
     reads.add_argument("--dtype", choices=["float32", "bfloat16"],
                        help="of the weights (default: bfloat16 where all are, else float32)")
     reads.add_argument("--block_size", type=int, metavar="T", help="a shorter context")
     reads.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
     writes = sub.add_parser("export", help="a run becomes a folder of a published family")
-    writes.add_argument("run", metavar="RUN")
+    writes.add_argument("run", metavar="RUN", help="run folder")
     writes.add_argument("--family", choices=list(FAMILIES), help="(default: the first that fits)")
     for command, work in (reads, import_model), (writes, export_model):
-        command.add_argument("--out", metavar="DIR", required=True)
+        command.add_argument("--out", metavar="DIR", required=True, help="folder to make")
         command.set_defaults(work=work)
     return parser, dict(sub.choices)
 

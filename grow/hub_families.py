@@ -3,8 +3,6 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-from data.binfile import DataError
-
 
 class Family(NamedTuple):
     """An entry of the file. tensors: {ours: [theirs]} of a whole model, {i} is the layer."""
@@ -31,16 +29,17 @@ def read_families():
 
 FAMILIES, VALUES, SHARED = read_families()
 
-
 # The value of a multiplier that changes nothing: of attention's 1 / sqrt(head).
 neutral = lambda key, head: head ** -0.5 if key == "attention_multiplier" else 1.0      # noqa: E731
 
 
 def flat(config):
     """A config.json with rope_scaling, of the old or the new name, as keys rope.NAME."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError("rope_scaling is no table")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError("rope_scaling is not one table for all layers")
+    if "llama3" in (rope.get("rope_type"), rope.get("type")):
+        rope = {"original_max_position_embeddings": config.get("max_position_embeddings")} | rope
     theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     return config | theta | {f"rope.{key}": value for key, value in rope.items()}
 
@@ -48,9 +47,14 @@ def flat(config):
 def settings_of(config, family):
     """Tables of the settings in a config.json. Raises ValueError for what is not known here."""
     c, settings = flat(config), dict(family.always)
-    for key, known in [*SHARED["only"].items(), *((key, False) for key in SHARED["refused"])]:
-        if c.get(key) not in (None, known):
-            raise ValueError(f"{key} = {str(c[key])[:80]} is not known here, only {known}")
+    for key, known in SHARED["only"].items():
+        value = c.get(key)
+        each = value if isinstance(value, list) and value else [value]      # one for each layer
+        if any(one not in (None, known) for one in each):
+            raise ValueError(f"{key} = {str(value)[:80]} is not known here, only {known}")
+    for key in family.folds:
+        if type(c.get(key, 1.0)) not in (int, float) or not 0 < c.get(key, 1.0) < 1e30:
+            raise ValueError(f"{key} = {str(c[key])[:80]} is no positive number")
     for spellings, (names, *default) in family.keys.items():
         keys = spellings.split()
         value = next((c[key] for key in keys if key in c), *default[:1] or [None])
@@ -69,6 +73,12 @@ def settings_of(config, family):
                       if key.startswith(section)} for section in ("model", "ffn")}
 
 
+def unread(config, family):
+    """Keys of a config.json that nothing here reads, and that may mean something."""
+    read = " ".join([*family.keys, *family.folds, *SHARED["only"], SHARED["unread"]]).split()
+    return [key for key in config if config[key] and key not in [*read, *family.layers[:2]]]
+
+
 def sparse_of(c, family, n):
     """{ffn.moe_layers: their indices} where not all layers have experts."""
     if not family.layers or type(n) is not int or n > 10_000:
@@ -79,8 +89,8 @@ def sparse_of(c, family, n):
     if type(step) is not int or step < 1 or not isinstance(dense, (list, range)):
         raise ValueError(f"{every} or {first} says nothing about layers")
     sparse = [i for i in layers if i not in dense and (i + offset) % step == 0]
-    every = {"ffn.moe_every": n + 1 - len(sparse)} if len(sparse) in (0, n) else {}
-    return every or {"ffn.moe_layers": sparse}
+    some = 0 < len(sparse) < n
+    return {"ffn.moe_layers": sparse} if some else {"ffn.moe_every": n + 1 - len(sparse)}
 
 
 def config_of(values, name):
@@ -104,12 +114,10 @@ def config_of(values, name):
 
 
 def factors(config, family, head, tied):
-    """{end of a tensor's name: what it is multiplied by}. Raises DataError."""
+    """{end of a tensor's name: what it is multiplied by}."""
     found = {}
     for key, places in family.folds.items():
         value, one = config.get(key, 1.0), neutral(key, head)
-        if type(value) not in (int, float) or not 0 < value < 1e30:
-            raise DataError(f"config.json: {key} = {str(value)[:80]} is no positive number")
         # a tied head would be scaled like the embedding: the norm before it takes that back
         if tied and key == "embedding_multiplier":
             places = places | {"model.norm.weight": -1}

@@ -293,8 +293,8 @@ def main(argv=None):
         if runs and not any(len(run.log["step"]) for run in runs):
             raise LogError("none of these runs has logged a step yet; let them go on, then draw "
                            "them again")
-        for path in chain(draw(runs, options.out) if runs else [], *map(draw_ancestry, made)):
-            print(path)
+        paths = [*chain(draw(runs, options.out) if runs else [], *map(draw_ancestry, made))]
+        print(*paths or ["nothing to draw: not trained here, and not made from other runs"], sep="\n")
     return end.status
 
 

@@ -1,7 +1,8 @@
-"""safetensors files, one or several shards: read from a folder that strangers wrote, every header checked
-before a number is read, and written."""
+"""safetensors files, one or several shards: read from a folder that strangers wrote, every header
+checked before a number is read, and written."""
 import json
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,13 +28,14 @@ def needed():
     try:
         import safetensors.torch
     except ImportError:
-        raise ConfigError("the package safetensors is not installed: `pip install -r requirements-hub.txt` "
-                          "or `uv sync --extra hub`") from None
+        raise ConfigError("the package safetensors is not installed: `pip install -r "
+                          "requirements-hub.txt` or `uv sync --extra hub`") from None
     return safetensors
 
 
 def read_header(path):
-    """{name: Entry} of a safetensors file: 8 bytes of length, a JSON object, and the numbers, without gaps."""
+    """{name: Entry} of a safetensors file: 8 bytes of length, a JSON object, and the numbers,
+    without gaps."""
     def wrong(why):
         return DataError(f"{path}: {why}; download it again")
 
@@ -52,8 +54,8 @@ def read_header(path):
                 whole(about.get("data_offsets")) and len(about["data_offsets"]) == 2):
             raise wrong(f"the header of tensor {name[:80]} is damaged")
         if str(about.get("dtype")) not in DTYPES:
-            raise DataError(f"{path}: tensor {name[:80]} has the dtype {str(about.get('dtype'))[:20]}; read are "
-                              f"{', '.join(DTYPES)}")
+            raise DataError(f"{path}: tensor {name[:80]} has the dtype "
+                            f"{str(about.get('dtype'))[:20]}; read are {', '.join(DTYPES)}")
         found[name] = Entry(path, DTYPES[about["dtype"]], tuple(about["shape"]))
         begin, end = about["data_offsets"]
         spans.append((begin, end))
@@ -67,9 +69,10 @@ def read_header(path):
 
 def read_headers(folder):
     """{name: Entry} of all safetensors files of a folder, one or those that its index names."""
-    single, index = ((Path(folder) / name).is_symlink() or (Path(folder) / name).exists() for name in (SINGLE, INDEX))
+    single, index = (os.path.lexists(Path(folder) / name) for name in (SINGLE, INDEX))
     if not single and not index:
-        raise DataError(f"{folder}: holds no {SINGLE} and no index of several; pickled weights are not read")
+        raise DataError(f"{folder}: holds no {SINGLE} and no index of several; pickled weights are "
+                        "not read")
     if single:
         return read_header(inside(folder, SINGLE))
     stated = read_json(folder, INDEX, 100 * MEGABYTE).get("weight_map")
@@ -82,12 +85,27 @@ def read_headers(folder):
         files[file] = read_header(inside(folder, file))
     for name, file in stated.items():
         if name not in files[str(file)]:
-            raise DataError(f"{folder}/{file}: lacks the tensor {name[:80]}, which {INDEX} places there")
+            raise DataError(f"{folder}/{file}: lacks the tensor {name[:80]}, which {INDEX} places "
+                            "there")
     for file, held in files.items():
         for name in held:
             if stated.get(name) != file:
-                raise DataError(f"{folder}/{file}: has the tensor {name[:80]}, which {INDEX} does not place there")
+                raise DataError(f"{folder}/{file}: has the tensor {name[:80]}, which {INDEX} does "
+                                "not place there")
     return {name: entry for held in files.values() for name, entry in held.items()}
+
+
+def check(folder, entries, wanted, spare):
+    """Raises DataError unless the files hold the tensors wanted {name: shape}, and no others but
+    those whose names end with one of the tuple `spare`."""
+    for name, shape in wanted.items():
+        if name not in entries:
+            raise DataError(f"{folder}: lacks the tensor {name}")
+        if entries[name].shape != shape:
+            raise DataError(f"{folder}: the tensor {name} is {entries[name].shape}, not {shape}")
+    for name in entries.keys() - wanted.keys():
+        if not name.endswith(spare):
+            raise DataError(f"{folder}: has the tensor {name[:80]}, for which there is no place")
 
 
 def read_tensor(entries, name):
@@ -97,7 +115,8 @@ def read_tensor(entries, name):
 
 
 def write(folder, tensors, most):
-    """Writes {name: tensor} as one file or, where they have more than `most` bytes, as several and an index."""
+    """Writes {name: tensor} as one file or, where they have more than `most` bytes, as several and
+    an index."""
     groups, room = [[]], most
     for name, t in tensors.items():
         if groups[-1] and t.nbytes > room:
@@ -112,5 +131,6 @@ def write(folder, tensors, most):
         needed().torch.save_file(part, Path(folder) / file, metadata={"format": "pt"})
     if n > 1:
         index = dict(metadata=dict(total_size=sum(t.nbytes for t in tensors.values())),
-                     weight_map={name: file for group, file in zip(groups, files) for name in group})
+                     weight_map={name: file for group, file in zip(groups, files)
+                                 for name in group})
         (Path(folder) / INDEX).write_text(json.dumps(index, indent=1))

@@ -85,6 +85,6 @@ def lineage(value):
         return ", ".join(map(lineage, value))
     if not isinstance(value, dict):
         return " ".join(str(value).split())
-    own = [f"{k}={lineage(v)}" for k, v in value.items() if k not in ("kind", "parents")]
+    own = [f"{k}={lineage(v)}" for k, v in value.items() if k not in ("kind", "parents", "config")]
     parents = [f"[{lineage(value['parents'])}]"] if value.get("parents") else []
     return " ".join([str(value.get("kind", "model")), *own, *parents])

@@ -1,5 +1,6 @@
 """Models of the world in and out: the same numbers as transformers computes, the same files, and nothing that a
 damaged or hostile folder can do. All skips where safetensors is missing, parity where transformers is."""
+import copy
 import itertools
 import json
 import os
@@ -15,10 +16,11 @@ from hypothesis import given, settings, strategies as st
 from data import bytelevel
 from data.tokenizers import Tokenizer
 from grow import hub
-from grow.hub_families import FAMILIES, factors
+from grow.hub_families import FAMILIES, factors, flat
 from model import GPT, load_config, load_model, resolve
 from runtime import checkpoint
 from runtime.files import load
+from runtime.terminal import lineage
 
 safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors: requirements-hub.txt")
 
@@ -65,14 +67,14 @@ class DeepseekMoE(torch.nn.Module):
         return torch.stack(rows).view_as(x)
 
 
-def their_model(name):
-    """A small model of transformers with random weights, norms and biases too."""
+def their_model(name, **extra):
+    """A small model of transformers with random weights, norms and biases too. extra: more of its config."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(1)
     kind, more = THEIRS[name]
-    config = getattr(transformers, kind + "Config")(**SMALL | more)
+    config = getattr(transformers, kind + "Config")(**copy.deepcopy(SMALL | more | extra))
     if "num_local_experts" in more or "num_experts" in more:
         config._experts_implementation = "eager"
     model = getattr(transformers, kind + "ForCausalLM")(config)
@@ -98,6 +100,82 @@ def save_theirs(model, folder, name):
              scoring_func="softmax", rms_norm_eps=1e-6, rope_theta=10000, rope_scaling=None, hidden_act="silu")
     (folder / "config.json").write_text(json.dumps(c))
     safetensors.save_file(model.state_dict(), folder / "model.safetensors")
+
+
+IDS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name, more, said", [
+    ("mixtral", dict(rope_theta=77.0, num_key_value_heads=4, rms_norm_eps=1e-2), None),
+    ("mixtral", dict(router_jitter_noise=0.1), "are not read: ['router_jitter_noise']"),
+    ("mixtral", dict(layer_types=["sliding_attention"] * 2, sliding_window=3), "error: layer_types"),
+    ("qwen2_moe", dict(sliding_window=3, layer_types=["sliding_attention", "full_attention"]), "error: layer_types"),
+    ("qwen2_moe", dict(sliding_window=3, use_sliding_window=True, max_window_layers=1), "error: "),
+    ("qwen2_moe", dict(sliding_window=3), None), ("qwen2_moe", dict(head_dim=16), "error: (64, 32), not (32, 32)"),
+    ("qwen2_moe", dict(decoder_sparse_step=2, mlp_only_layers=[]), None),
+    ("qwen2_moe", dict(norm_topk_prob=True, qkv_bias=False), None),
+    ("qwen2_moe", dict(mlp_only_layers=[0, 1]), "error: ffn.moe_every"),
+    ("qwen3_moe", dict(norm_topk_prob=False, num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=[1]), None),
+    ("qwen3_moe", dict(sliding_window=3, use_sliding_window=True), "error: use_sliding_window"),
+    ("qwen3_moe", dict(attention_bias=True), None), ("olmoe", dict(clip_qkv=0.1), "error: clip_qkv"),
+    ("olmoe", dict(norm_topk_prob=True, attention_bias=True), None), ("olmoe", dict(num_experts_per_tok=1), None),
+    ("olmoe", dict(hidden_act="gelu"), "error: hidden_act"), ("granitemoe", dict(position_embedding_type="none"), "are not read"),
+    ("granitemoe", dict(attention_multiplier=0.0), "config.json: attention_multiplier"),
+    ("granitemoe", dict(attention_multiplier=1.0, rms_norm_eps=1e-2), None), ("llama", dict(mlp_bias=True), "error: mlp_bias"),
+    ("llama", dict(pretraining_tp=2, head_dim=16), None), ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    ("llama linear", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=9.0, factor=2.0)), "error: rope.rope_type"),
+    ("llama linear", dict(rope_parameters=dict(rope_type="default", rope_theta=9.0)), None),
+    ("mistral", dict(sliding_window=None, head_dim=16), None), ("deepseek", dict(routed_scaling_factor=2.5), "error: routed_"),
+    ("deepseek", dict(n_group=2, topk_group=1), "error: n_group"), ("deepseek", dict(scoring_func="sigmoid"), "error: scoring"),
+    ("deepseek", dict(topk_method="group_limited_greedy"), "error: topk_method"),
+    ("deepseek", dict(moe_layer_freq=[0, 1]), "error: moe_layer_freq")])
+def test_what_changes_the_numbers_is_read_or_refused(name, more, said, tmp_path, capsys):
+    deepseek = name == "deepseek"                               # its config is no class of transformers
+    model = their_model(name, **{} if deepseek else more)
+    save_theirs(model, tmp_path / "theirs", name)
+    if deepseek:
+        config(**more)(tmp_path / "theirs")
+    status, out = program("import", tmp_path / "theirs", "--out", tmp_path / "run"), capsys.readouterr()
+    if status:
+        assert said and said.removeprefix("error: ") in out.err and out.err.count("\n") == 1, out.err
+        return
+    assert said in out.out if said else "are not read" not in out.out
+    torch.testing.assert_close(load_model(tmp_path / "run")[0](IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rope", [
+    dict(rope_scaling=dict(type="linear", factor=4.0), rope_theta=100.0), dict(rope_scaling=None, rope_theta=100.0), {},
+    dict(rope_scaling=dict(rope_type="linear", factor=4.0), rope_parameters=dict(rope_type="default", rope_theta=9.0)),
+    dict(rope_parameters=LLAMA3), dict(rope_parameters={k: v for k, v in LLAMA3.items() if "original" not in k})])
+@pytest.mark.parametrize("name", ["llama linear", "mixtral"])
+def test_rotary_positions_of_old_and_new_files(name, rope, tmp_path):
+    save_theirs(their_model(name), tmp_path / "theirs", name)
+    config(**dict(rope_parameters=...) | rope)(tmp_path / "theirs")
+    import transformers
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    assert program("import", tmp_path / "theirs", "--out", tmp_path / "run") == 0
+    torch.testing.assert_close(load_model(tmp_path / "run")[0](IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_rotary_tables_of_their_own_for_layers_are_refused(whole, tmp_path, capsys):
+    shutil.copytree(whole / "one", tmp_path / "theirs")
+    config(rope_scaling=None, rope_parameters=dict(full_attention=dict(rope_theta=9.0)))(tmp_path / "theirs")
+    assert program("import", tmp_path / "theirs", "--out", tmp_path / "run") == 2
+    assert "not one table for all layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "deepseek"])
+def test_a_missing_key_means_what_it_means_to_transformers(name):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    kind, known = FAMILIES[name].architecture.replace("ForCausalLM", "Config"), []
+    theirs = flat(getattr(transformers, kind)().to_dict())
+    for spellings, (_, *default) in FAMILIES[name].keys.items():
+        key = next((key for key in spellings.split() if key in theirs), None)
+        # heads and widths are seen from the shapes of tensors
+        if default and key and key not in ("num_key_value_heads", "head_dim", "intermediate_size"):
+            assert (theirs[key] or type(default[0])()) == default[0], key
+            known.append(key)
+    assert {"rms_norm_eps", "rope_theta", "tie_word_embeddings"} <= {*known}
 
 
 def loss_of(logits, ids):
@@ -243,6 +321,54 @@ def test_bfloat16_stays_and_is_trained_in_float32(tmp_path, monkeypatch, capsys)
                        "--train.eval_batches", "1", "--train.device", "cpu", "--train.compile", "off",
                        "--train.sample_tokens", "0", "--quiet"]) == 0
     assert load(tmp_path / "more" / "ckpt_last.pt").model["norm.weight"].dtype == torch.float32
+
+
+PEER = {"ffn.kind": "peer", "ffn.d_expert": 0, "ffn.n_expert": 8, "ffn.d_key": 16, "ffn.n_keys": 8}
+
+
+@pytest.mark.parametrize("more", [
+    {"model.mixer": "mamba"}, {"model.mixer": "mamba", "model.attention_every": 2}, PEER, PEER | {"ffn.peer_path": "lean"},
+    PEER | {"ffn.kind": "pkm"}, {"ffn.router": "sigmoid"}, {"ffn.router": "expert_choice"}, {"ffn.kind": "dense", "ffn.d_expert": 0,
+                                                                                      "ffn.n_expert": 8}])
+@pytest.mark.filterwarnings("error")
+def test_every_kind_samples_in_bfloat16(tmp_path, capsys, more):
+    import sample
+    run, ids = our_run(tmp_path / "run", **more), torch.arange(20).view(1, 20)
+    assert sample.main([str(run), "--tokens", "5", "--prompt", "ab", "--dtype", "bfloat16"]) == 0
+    assert sample.main([str(run), "--tokens", "2", "--prompt", "ab", "--dtype", "bfloat16", "--no_cache"]) == 0
+    with torch.no_grad():
+        narrow, wide = load_model(run, dtype=torch.bfloat16)[0](ids).logits, load_model(run)[0](ids).logits
+    assert narrow.dtype == torch.bfloat16
+    # a token that chooses another expert, by a tie, is far off
+    assert (narrow - wide).abs().mean() < 0.05 * wide.std()
+
+
+def test_a_checkpoint_written_a_tensor_at_a_time_is_as_if_written_at_once(tmp_path):
+    from runtime.files import Outline, save, save_each
+    run = our_run(tmp_path / "run", **{"model.tie_embeddings": True})
+    whole = load(run / "ckpt_last.pt")
+    keys = {n: "embedding.weight" if n == "head.weight" else n for n in whole.model}
+    outlines = {n: Outline(keys[n], t.dtype, tuple(t.shape)) for n, t in whole.model.items()}
+    save(tmp_path / "once.pt", whole.header, whole.model)
+    save_each(tmp_path / "each.pt", whole.header, outlines, (whole.model[key] for key in dict.fromkeys(keys.values())))
+    once = load(tmp_path / "once.pt")
+    for mapped in False, True:
+        each = load(tmp_path / "each.pt", mapped=mapped)
+        assert each.header == once.header and list(each.model) == list(once.model)
+        assert all(torch.equal(t, once.model[n]) and t.stride() == once.model[n].stride() for n, t in each.model.items())
+        assert each.model["head.weight"].data_ptr() == each.model["embedding.weight"].data_ptr()
+
+
+def test_what_programs_say_of_an_imported_run(whole, tmp_path, capsys):
+    import sample
+    from lab import plots
+    run = tmp_path / "run"
+    assert program("import", whole / "one", "--out", run) == 0
+    assert capsys.readouterr().out.endswith(f"Next:\n  python sample.py {run} --show_experts\n")
+    assert plots.main([str(run)]) == 0 and "nothing to draw" in capsys.readouterr().out
+    assert sample.main([str(run), "--tokens", "3", "--show_experts"]) == 0
+    assert lineage(load(run / "ckpt_last.pt").header["ancestry"]).startswith(f"hub family=mixtral source={whole}")
+    assert "hidden_size" not in lineage(load(run / "ckpt_last.pt").header["ancestry"])
 
 
 def test_sampling_with_mapped_weights_is_as_before(tmp_path):
@@ -420,6 +546,8 @@ def test_the_folders_themselves_are_fine(whole, tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
     assert program("import", whole / "one", "--out", tmp_path / "one", "--overwrite", "--block_size", 8) == 0
     assert load_model(tmp_path / "one")[1].model.block_size == 8
+    assert program("import", whole / "one", "--out", tmp_path / "run", "--block_size", -1) == 2
+    assert "model.block_size = -1" in capsys.readouterr().err
 
 
 def test_missing_and_extra_tensors_are_named(whole, tmp_path, capsys):
