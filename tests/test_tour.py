@@ -77,7 +77,8 @@ def toured(tmp_path_factory):
         patch.chdir(ROOT / "course")
         names = {"__name__": "__main__"}
         for source in sources("code"):
-            exec(compile(source, "tour.ipynb", "exec"), names)                          # noqa: S102
+            short = source.replace("--train.max_steps 200", "--train.max_steps 60")
+            exec(compile(short, "tour.ipynb", "exec"), names)                           # noqa: S102
         names["plt"].close("all")
     matplotlib.use(before)
     torch.set_num_threads(threads)
@@ -88,8 +89,8 @@ def test_the_notebook_runs(toured):
     folder, names = toured
     assert names["folder"] == folder and (folder / "tour.png").stat().st_size > 5000
     assert names["out"].logits.shape == (1, len(names["text"]) - 1, 256)
-    # what it has learned is better than guessing by the bytes' frequencies
-    assert names["out"].loss < 2.5
+    # after a third of the steps it is better than guessing by the bytes' frequencies
+    assert names["out"].loss < 2.8
     assert names["experts"].shape == (len(names["text"]) - 1, 2)
     assert names["gates"].sum(1).sub(1).abs().max() < 1e-5
 
