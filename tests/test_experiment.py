@@ -203,7 +203,7 @@ TO_RUN = {"btm", "btx", "btx_ablation", "btx_conflict", "btx_emergence",
           "btx_inside", "btx_task_routing",
           "deepseek_v2_groups", "demix", "diloco", "easgd", "fine_grained", "jamba", "lifelong",
           "peer_active", "peer_batchnorm", "peer_experts", "peer_isoflop",
-          "routed_scaling", "routers", "shazeer_capacity", "switch_capacity"}
+          "routed_scaling", "shazeer_capacity", "switch_capacity"}
 # Reads models that a user downloads.
 TO_RUN |= {"real_routing"}
 
