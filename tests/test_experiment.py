@@ -199,9 +199,9 @@ def test_rows_of_other_settings_are_dropped(here):
 
 
 # Written and registered, and not run, or not to the end. A file leaves this list with its rows.
-TO_RUN = {"btm", "btx", "btx_ablation", "btx_conflict", "btx_emergence",
+TO_RUN = {"btm", "btx", "btx_conflict", "btx_emergence",
           "btx_inside", "btx_task_routing",
-          "deepseek_v2_groups", "demix", "diloco", "easgd", "fine_grained", "jamba", "lifelong",
+          "diloco", "easgd", "fine_grained", "jamba", "lifelong",
           "peer_active", "peer_batchnorm", "peer_experts", "peer_isoflop",
           "routed_scaling", "shazeer_capacity", "switch_capacity"}
 # Reads models that a user downloads.
