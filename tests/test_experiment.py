@@ -243,6 +243,12 @@ seeds = 4
     path.write_text(path.read_text().replace("val_loss[child] < 9", "val_loss[fast-2] < 9"))
     assert [arm.label for arm in Experiment(str(path), "cpu").arms if arm.seed == 3] == ["fast-2-3"]
     assert len(Experiment(str(path), "cpu", 2).arms) == 8
+    # a claim that is none is told so, with seeds and without
+    text = path.read_text()
+    for broken in ('says = "x"', 'says = "x"\nseeds = 4', 'says = "x"\ntest = "child < 9"\nseeds = 4'):
+        path.write_text(text + f"[claims.broken]\nsource = 'y'\n{broken}\n")
+        with pytest.raises(ConfigError, match="broken"):
+            Experiment(str(path), "cpu")
 
 
 def test_an_arm_may_have_its_own_number_of_seeds(here, capsys):

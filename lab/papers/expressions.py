@@ -55,6 +55,7 @@ def parse_cells(text, where):
             raise ConfigError(f"{where}: {text}: {ast.unparse(node)} is neither column[arm], a "
                               f"number, + - * / nor one of {', '.join(CALLS)}, reach, "
                               "margin")
+    for node in ast.walk(tree):
         names = [child.id for child in ast.iter_child_nodes(node) if isinstance(child, ast.Name)]
         several = [name for name in names
                    if name not in CALLS and name != "margin" and "*" in cells[int(name[1:])][1]]

@@ -149,13 +149,14 @@ RULE = """A paired t test over the seeds (three or more) decides an inequality. 
 .05 and the difference has the claimed sign, and *did not hold* if p < .05 and it has the other
 sign. With .05 <= p < .2 it is *suggestive*, or *suggestive against*; else it is *undecided*. What
 three seeds leave suggestive runs with two more and is judged by all five: chance alone decides such
-an inequality in 8 % of all cases, not in 5 %. "About as good as" is an equivalence test, and "not worse than" has its margin: 0.01 nats, one for all
-claims. A difference that is the same in all seeds is compared as it is and has no p, nor has a law
-that is fitted to the runs. A claim of several inequalities has the verdict of the worst. *Reported
-only* marks a claim that its file does not expect to hold at this size; it is judged and counted
-like every other. *Added* or *changed after the runs* marks one that is not as it was registered;
-the original is judged beside it. A reason is given after the runs, and stands where runs have
-tested it. A claim's name leads to the numbers behind it, and from there to the commands."""
+an inequality in 8 % of all cases, not in 5 %. "About as good as" is an equivalence test, and "not
+worse than" has its margin: 0.01 nats, one for all claims. A difference that is the same in all
+seeds is compared as it is and has no p, nor has a law that is fitted to the runs. A claim of
+several inequalities has the verdict of the worst. *Reported only* marks a claim that its file does
+not expect to hold at this size; it is judged and counted like every other. *Added* or *changed
+after the runs* marks one that is not as it was registered; the original is judged beside it. A
+reason is given after the runs, and stands where runs have tested it. A claim's name leads to the
+numbers behind it, and from there to the commands."""
 
 
 def claims_part(results):

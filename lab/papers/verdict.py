@@ -216,9 +216,12 @@ def more_seeds(spec, parents):
     """{arm: seeds} of the arms that claims with `seeds` name, and of those they come from. parents:
     {arm: names} of one size. Raises ConfigError."""
     wanted = {}
-    for key, claim in spec.get("claims", {}).items():
-        texts = [*as_list(claim["test"]), *as_list(claim.get("reason_test", []))]
-        todo = [name for text in texts if "seeds" in claim for cell in inequality(text, key)[1]
+    # What is no claim is refused by read_claims, which needs the arms.
+    claims = {key: claim for key, claim in spec.get("claims", {}).items()
+              if isinstance(claim, dict) and "seeds" in claim}
+    for key, claim in claims.items():
+        texts = [*as_list(claim.get("test", [])), *as_list(claim.get("reason_test", []))]
+        todo = [name for text in texts for cell in inequality(text, key)[1]
                 for name in parents if fits(name, cell[1:])]
         while todo:
             name = todo.pop()
