@@ -199,13 +199,7 @@ def test_rows_of_other_settings_are_dropped(here):
 
 
 # Written and registered, and not run, or not to the end. A file leaves this list with its rows.
-TO_RUN = {"btm", "btx", "btx_conflict", "btx_emergence",
-          "btx_inside", "btx_task_routing",
-          "diloco", "easgd", "fine_grained", "jamba", "lifelong",
-          "peer_active", "peer_batchnorm", "peer_experts", "peer_isoflop",
-          "routed_scaling", "shazeer_capacity", "switch_capacity"}
-# Reads models that a user downloads.
-TO_RUN |= {"real_routing"}
+TO_RUN = {"real_routing"}                           # reads models that a user downloads
 
 
 def test_nothing_recorded_has_to_run_again(tmp_path, monkeypatch, capsys):
@@ -619,6 +613,13 @@ def test_chains_lists_and_arithmetic():
     assert judge("-2 * abs(val_loss[x-1] - val_loss[x-2]) / 4 < log(2.0)", t)[1] == HELD
     assert judge("val_loss[nobody] < 1", t)[1] == "not measured (nobody has no val_loss)"
     assert "did you mean val_loss" in judge("val_los[x-1] < 1", t)[1]
+
+
+def test_a_pattern_stands_for_the_same_arms_in_every_seed():
+    """A seed in which one of them is missing has no difference, or the span of one arm would be 0."""
+    t = table(**{"x-1": [1, 2, 3, 4], "x-2": [2, 3.1, 4]})
+    pair = judge("max(val_loss[x-*]) - min(val_loss[x-*]) > 0.9", t)[0][0]
+    assert pair.differences == pytest.approx({0: 0.1, 1: 0.2, 2: 0.1})
 
 
 def test_reach_is_interpolated_between_evaluations():

@@ -154,7 +154,8 @@ class Table:
         column, pattern = cell
         if "*" not in pattern:
             return self.number(column, pattern, seed)
-        names = [name for name, s in self.rows if s == seed and fits(name, [pattern])]
+        # The same arms in every seed, so that a seed that lacks one of them has no value.
+        names = dict.fromkeys(name for name, _ in self.rows if fits(name, [pattern]))
         if not names:
             raise Missing(f"no arm fits {pattern}")
         return [self.number(column, name, seed) for name in names]
