@@ -113,7 +113,10 @@ def fits_of(law, rows, floor=0.0):
     Raises FitError."""
     if law == "krajewski":
         return {"": fit_krajewski(rows, floor)}
-    return {router: fit_clark(own) for router, own in by_router(rows).items()}
+    routed = by_router(rows)
+    if not routed:
+        raise FitError("no run has experts")
+    return {router: fit_clark(own) for router, own in routed.items()}
 
 
 def by_router(rows):
