@@ -200,7 +200,8 @@ def test_rows_of_other_settings_are_dropped(here):
 
 
 # Written and registered, and not run, or not to the end. A file leaves this list with its rows.
-TO_RUN = {"fine_grained", "peer_isoflop", "routed_scaling"} | {"real_routing"}       # the last reads models that a user downloads
+TO_RUN = {"btx_conflict", "easgd", "fine_grained", "peer_isoflop", "routed_scaling"}
+TO_RUN |= {"real_routing"}                          # reads models that a user downloads
 
 
 def test_nothing_recorded_has_to_run_again(tmp_path, monkeypatch, capsys):
@@ -238,6 +239,15 @@ seeds = 4
     path.write_text(path.read_text().replace("val_loss[child] < 9", "val_loss[fast-2] < 9"))
     assert [arm.label for arm in Experiment(str(path), "cpu").arms if arm.seed == 3] == ["fast-2-3"]
     assert len(Experiment(str(path), "cpu", 2).arms) == 8
+    # a computed column needs the arms of its formula
+    text = path.read_text()
+    path.write_text(text.replace("val_loss[fast-2] < 9", "gap[fast-2] < 9") + """
+[metrics.fast-2]
+gap = "val_loss[fast-2] - val_loss[fast-1]"
+""")
+    assert {arm.name for arm in Experiment(str(path), "cpu").arms if arm.seed == 3} == {"fast-1",
+                                                                                       "fast-2"}
+    path.write_text(text)
     # a claim that is none is told so, with seeds and without
     text = path.read_text()
     for broken in ('says = "x"', 'says = "x"\nseeds = 4', 'says = "x"\ntest = "child < 9"\nseeds = 4'):

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from tiny import KINDS, LEARNED, config_of
 
 import routers
-from balance import importance_loss, load_loss
+from balance import importance_loss, load_loss, policy_loss
 from ffn import Context
 from kernels.assignment import balanced_assignment
 from routers import ROUTERS, hash_table, limit_groups
@@ -438,6 +438,21 @@ def test_rl_baseline_does_not_push_on_the_model():
     router = router_of("rl")
     router(x, ctx).baseline.sum().backward()
     assert x.grad is None and router.value.weight.grad.any() and router.value.bias.grad.any()
+
+
+def test_rl_learns_where_the_useful_expert_is_knowable():
+    """Expert i is right for tokens of direction i, and its loss is lower by a quarter of the noise."""
+    router = router_of("rl", spread=0.02).train()
+    optimizer = torch.optim.Adam(router.parameters(), 0.03)
+    right = torch.arange(512) % 4
+    x, ctx = F.one_hot(right, D).float(), tokens(T=128)[1]
+    for step in range(60):
+        r = call(router, x, ctx, seed=step)
+        loss = 3 + torch.randn(len(x)) - 0.25 * (r.expert == right)
+        optimizer.zero_grad()
+        policy_loss([r], loss, 0.01).backward()
+        optimizer.step()
+    assert torch.equal(router.eval()(x, ctx).expert, right)
 
 
 @pytest.mark.parametrize("step,tau", [(0, 1.0), (5000, math.exp(-0.5)), (10 ** 6, 0.5)])

@@ -139,7 +139,7 @@ def expand(spec, path, size, seeds=None, runs="runs", chosen=None):
     ordered = in_order({name: draft.parents for name, draft in drafts.items()}, path)
     # An arm for each seed.
     folder, arms, chosen = runs_folder(spec, path, size, runs), {}, chosen or {}
-    least = more_seeds(spec, {name: draft.parents for name, draft in drafts.items()})
+    least = more_seeds(spec, {name: draft.parents for name, draft in drafts.items()}, path)
     wanted = {name: seeds or range(max(draft.words.get("seeds", spec.get("seeds", 3)),
                                        least.get(name, 0)))
               for name, draft in drafts.items()}

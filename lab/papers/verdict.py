@@ -212,21 +212,27 @@ def law_inequality(text, law, where):
     return tree, names - set(ERRORS)
 
 
-def more_seeds(spec, parents):
-    """{arm: seeds} of the arms that claims with `seeds` name, and of those they come from. parents:
-    {arm: names} of one size. Raises ConfigError."""
-    wanted = {}
+def more_seeds(spec, parents, path):
+    """{arm: seeds} of the arms that claims with `seeds` name, those in the formula of a computed
+    column among them, and of those they come from. parents: {arm: names} of one size. Raises
+    ConfigError."""
+    wanted, seen = {}, set()
+    computed = {(name, column): text for pattern, columns in spec.get("metrics", {}).items()
+                for name, column, text in formulas(pattern, columns, parents, path)}
     # What is no claim is refused by read_claims, which needs the arms.
     claims = {key: claim for key, claim in spec.get("claims", {}).items()
               if isinstance(claim, dict) and "seeds" in claim}
     for key, claim in claims.items():
         texts = [*as_list(claim.get("test", [])), *as_list(claim.get("reason_test", []))]
-        todo = [name for text in texts for cell in inequality(text, key)[1]
-                for name in parents if fits(name, cell[1:])]
+        todo = [cell for text in texts for cell in inequality(text, key)[1]]
         while todo:
-            name = todo.pop()
-            wanted[name] = max(claim["seeds"], wanted.get(name, 0))
-            todo += parents[name]
+            column, *patterns = todo.pop()
+            for name in (name for name in parents if fits(name, patterns)):
+                wanted[name] = max(claim["seeds"], wanted.get(name, 0))
+                if (key, name, column) not in seen:
+                    seen.add((key, name, column))
+                    todo += [("", parent) for parent in parents[name]]
+                    todo += parse_cells(computed.get((name, column), "0"), path)[1]
     return wanted
 
 
