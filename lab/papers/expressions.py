@@ -1,7 +1,8 @@
 """Arithmetic in claims and metrics: + - * / and numbers, over names that stand for measured values.
 
     val_loss[peer-16] - 2 * val_loss[dense]   column[arm] of runs.csv, for one seed at a time
-    mean(val_loss[a], val_loss[b])            also min, max, abs, log; val_loss[peer-*] is several
+    mean(val_loss[a], val_loss[b])            also min, max, abs, log; val_loss[peer-*] is several,
+                                              the same ones in every seed
     reach(switch, dense)                      the share of the steps of `switch` after which its
                                               curve is at or below the final val_loss of `dense`
     val_loss[a] < val_loss[b] + margin        margin: 0.01 nats, the one margin of all claims

@@ -8,7 +8,8 @@ About arms, over paired seeds:
     test = "val_loss[a] < val_loss[b] + margin"         a is not worse than b
     test = "val_loss[a] == val_loss[b]"                 a is about as good as b
 
-Both sides are computed for each seed on its own, so that what a seed does to all arms cancels.
+Both sides are computed for each seed on its own, so that what a seed does to all arms cancels. A
+seed that lacks an arm of the claim has no difference.
 
 The rule. Of three seeds or more, Student's t test of the mean difference against zero (p is
 two-sided, lab/papers/student.py) decides an inequality:
@@ -56,8 +57,8 @@ says so, and its page shows the original beside it, judged by the same rule:
 
 Also: report = true (not expected to hold at this size), note (what the test does not compare),
 reason and reason_test (why it came out as it did, and the inequality that tests that), sizes.
-seeds = 5 gives the arms that the claim names, and their parents, as many: it stands where three
-seeds left a verdict suggestive.
+seeds = 5 gives the arms that the claim names, those behind a computed column, and the parents of
+all of them, as many: it stands where three seeds left a verdict suggestive.
 """
 import ast
 import math
