@@ -77,7 +77,8 @@ def test_a_rate_is_chosen_on_a_seed_of_its_own(tuned, capsys):
     lines = Experiment("tuned.toml", "cpu").tuning_lines()
     assert lines[0] == "One learning rate, 0.001, serves the other arms; it was not tuned for each."
     told = r"\| plain \| \*\*train.lr 0.01: \d\.\d{4}\*\*; train.lr 1e-05: \d\.\d{4} \|"
-    assert re.fullmatch(told, lines[-1])
+    assert re.fullmatch(told, lines[-3])
+    assert lines[-1] == "At an end of its grid, so that a value beyond may be better: plain."
     # Another grid: its winner is not what was recorded, so that the row of the arm is not taken for it.
     path.write_text(text.replace("[1e-2, 1e-5]", "[1e-5]"))
     assert states(capsys)["plain@lr=1e-05-1000"] == "done" and states(capsys)["plain-0"] == "to do"
@@ -90,6 +91,8 @@ def test_the_lowest_loss_wins_and_all_candidates_must_have_run():
     rows = [dict(arm=arm.name, key=arm.key, val_loss=loss) for arm, loss in zip(arms, (1.5, 1.25, 1.75))]
     assert tuning.choose(arms, rows) == {"a": {"train.lr": 2}}
     assert tuning.choose(arms, rows[:2]) == {}
+    ends = [tuning.at_an_end({"train.lr": float(lr)}, arms) for lr in (1, 2, 3)]
+    assert ends == [True, False, True] and not tuning.at_an_end({}, arms)
     del rows[1]["val_loss"]                                     # it diverged
     assert tuning.choose(arms, rows) == {"a": {"train.lr": 1}}
     rows[0]["key"] = "other"

@@ -88,4 +88,13 @@ def table(tried, rows):
             text = f"{settings}: " + ("not run" if found is None else f"{found:.4f}")
             cells.append(f"**{text}**" if chosen.get(name) == arm.chooses[1] else text)
         lines.append(f"| {name} | {'; '.join(cells)} |")
+    ends = [name for name, own in by_name(tried).items() if at_an_end(chosen.get(name, {}), own)]
+    if ends:
+        lines += ["", f"At an end of its grid, so that a value beyond may be better: {', '.join(ends)}."]
     return lines
+
+
+def at_an_end(settings, tried):
+    """Whether a chosen number is the smallest or largest that was tried."""
+    return any(isinstance(value, float) and value in (min(values), max(values))
+               for key, value in settings.items() if (values := [a.chooses[1][key] for a in tried]))
