@@ -200,7 +200,7 @@ def test_rows_of_other_settings_are_dropped(here):
 
 
 # Written and registered, and not run, or not to the end. A file leaves this list with its rows.
-TO_RUN = {"btx", "btx_conflict", "easgd", "fine_grained", "routed_scaling"}
+TO_RUN = {"routed_scaling", "peer_isoflop"}
 TO_RUN |= {"real_routing"}                          # reads models that a user downloads
 
 
