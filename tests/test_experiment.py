@@ -200,8 +200,7 @@ def test_rows_of_other_settings_are_dropped(here):
 
 
 # Written and registered, and not run, or not to the end. A file leaves this list with its rows.
-TO_RUN = {"routed_scaling", "peer_isoflop"}
-TO_RUN |= {"real_routing"}                          # reads models that a user downloads
+TO_RUN = {"real_routing"}                           # reads models that a user downloads
 
 
 def test_nothing_recorded_has_to_run_again(tmp_path, monkeypatch, capsys):
