@@ -95,6 +95,6 @@ def table(tried, rows):
 
 
 def at_an_end(settings, tried):
-    """Whether a chosen number is the smallest or largest that was tried."""
+    """Whether a chosen float, a rate, is the smallest or largest that was tried."""
     return any(isinstance(value, float) and value in (min(values), max(values))
                for key, value in settings.items() if (values := [a.chooses[1][key] for a in tried]))
